@@ -1,0 +1,59 @@
+"""Attention over a flat stream of segments, one function for every network and device.
+
+Letters: M tokens of the stream, N query heads, G key-value heads, H head width, B segments of a
+group, T their common length. The invariant: a token sees its own segment's past and nothing else.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.attention.varlen import varlen_attn
+
+import kernels
+from model.batch import Group, Segments
+
+# torch's fused CPU attention works in whole vectors of the head width; below this width most of
+# each vector is empty and a plain product per block of queries is faster (docs/decisions.md).
+_NARROW_HEAD = 32
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
+    """Causal attention inside each segment, scaled by 1 / sqrt(H).
+
+    Args:
+        q: [M, N, H]; k, v: [M, G, H], positions already rotated in.
+
+    Returns:
+        [M, N, H].
+    """
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        longest = max(segments.lengths)
+        cu = segments.cu_seqlens
+        return varlen_attn(
+            q, k, v, cu, cu, longest, longest, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1]
+        )
+    outputs = [_attend_group(q, k, v, group) for group in segments.groups]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _attend_group(q: Tensor, k: Tensor, v: Tensor, group: Group) -> Tensor:
+    q_BTNH, k_BTGH, v_BTGH = (_gather(x, group) for x in (q, k, v))
+    if q.device.type == "cpu" and q.shape[-1] < _NARROW_HEAD:
+        out = kernels.attention(q_BTNH, k_BTGH, v_BTGH, q.shape[-1] ** -0.5)
+    else:
+        out = scaled_dot_product_attention(
+            q_BTNH.transpose(1, 2),
+            k_BTGH.transpose(1, 2),
+            v_BTGH.transpose(1, 2),
+            is_causal=True,
+            enable_gqa=q.shape[1] != k.shape[1],
+        ).transpose(1, 2)
+    out_MNH = out.reshape(group.count * group.length, *q.shape[1:])
+    return out_MNH if group.inverse is None else out_MNH[group.inverse]
+
+
+def _gather(x: Tensor, group: Group) -> Tensor:
+    """[M, heads, H] -> [B, T, heads, H], padded on the right."""
+    if group.index is None:
+        return x[group.start : group.stop].unflatten(0, (group.count, group.length))
+    return x[group.index]

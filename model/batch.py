@@ -1,0 +1,152 @@
+"""A micro-batch as the networks see it: one flat stream of tokens, cut into segments.
+
+Letters: M tokens of the stream, n segments. There is no padding. The invariant: positions restart
+and attention ends at every segment's edge, so a note's result does not depend on its neighbours.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Consecutive segments that attention handles together, padded on the right to one length.
+
+    Causal attention never looks right, so right padding needs no mask. `index` [count, length]
+    says which token stands where (a padded place repeats the segment's last token); None when the
+    segments are equally long and a view of the stream will do.
+    """
+
+    start: int  # the first token
+    stop: int  # one past the last token
+    count: int  # segments
+    length: int  # the longest segment
+    index: Tensor | None
+    inverse: Tensor | None  # [stop - start] where each token stands in the flattened index
+
+    def to(self, device: torch.device | str) -> Self:
+        if self.index is None:
+            return self
+        return type(self)(
+            self.start,
+            self.stop,
+            self.count,
+            self.length,
+            self.index.to(device),
+            self.inverse.to(device),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Where the segments of a stream begin and end.
+
+    offsets: n + 1 host ints; segment i holds tokens offsets[i] to offsets[i + 1].
+    cu_seqlens: the same [n + 1] int32 on the device.
+    """
+
+    offsets: tuple[int, ...]
+    cu_seqlens: Tensor
+    groups: tuple[Group, ...]
+
+    @classmethod
+    def from_offsets(cls, offsets: Sequence[int]) -> Self:
+        offsets = tuple(int(offset) for offset in offsets)
+        assert offsets[0] == 0 and all(a < b for a, b in zip(offsets, offsets[1:], strict=False))
+        return cls(offsets, torch.tensor(offsets, dtype=torch.int32), _groups(offsets))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(b - a for a, b in zip(self.offsets, self.offsets[1:], strict=False))
+
+    @property
+    def last_tokens(self) -> tuple[int, ...]:
+        """Index in the stream of each segment's last token."""
+        return tuple(offset - 1 for offset in self.offsets[1:])
+
+    def to(self, device: torch.device | str) -> Self:
+        groups = tuple(group.to(device) for group in self.groups)
+        return type(self)(self.offsets, self.cu_seqlens.to(device), groups)
+
+
+# A group may pad this share of its tokens: less than a second pass of small operations costs.
+_MAX_PADDING = 0.125
+
+
+def _groups(offsets: tuple[int, ...]) -> tuple[Group, ...]:
+    """Join neighbouring segments while padding them to one length stays cheap."""
+    lengths = [b - a for a, b in zip(offsets, offsets[1:], strict=False)]
+    groups: list[Group] = []
+    first = 0
+    for i in range(1, len(lengths) + 1):
+        if i < len(lengths):
+            members = lengths[first : i + 1]
+            padded = max(members) * len(members)
+            if padded - sum(members) <= _MAX_PADDING * padded:
+                continue
+        groups.append(_group(offsets, lengths, first, i))
+        first = i
+    return tuple(groups)
+
+
+def _group(offsets: tuple[int, ...], lengths: list[int], first: int, last: int) -> Group:
+    members = np.asarray(lengths[first:last])
+    start, stop, length = offsets[first], offsets[last], int(members.max())
+    if (members == length).all():
+        return Group(start, stop, last - first, length, None, None)
+    begins = np.asarray(offsets[first:last])[:, None]
+    index = begins + np.minimum(np.arange(length)[None], members[:, None] - 1)
+    is_real = np.arange(length)[None] < members[:, None]
+    inverse = np.flatnonzero(is_real)
+    return Group(
+        start, stop, last - first, length, torch.from_numpy(index), torch.from_numpy(inverse)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """One micro-batch.
+
+    input_ids: [M] int64.
+    positions: [M] int64, the place of each token in its segment.
+    sample_ids: [M] int64, the stable id of the sample each token belongs to (randomness is keyed
+        on it, see `kernels.row_keys`).
+    """
+
+    input_ids: Tensor
+    positions: Tensor
+    sample_ids: Tensor
+    segments: Segments
+
+    @classmethod
+    def from_arrays(cls, input_ids: Any, offsets: Sequence[int], sample_ids: Any = None) -> Self:
+        """Build on the host from numpy arrays or lists; `sample_ids` [n] default to 0, 1, ..."""
+        segments = Segments.from_offsets(offsets)
+        lengths = np.asarray(segments.lengths)
+        begins = np.repeat(np.asarray(segments.offsets[:-1]), lengths)
+        if sample_ids is None:
+            sample_ids = np.arange(len(segments))
+        ids = torch.as_tensor(input_ids, dtype=torch.int64)
+        assert ids.shape == (segments.offsets[-1],)
+        return cls(
+            input_ids=ids,
+            positions=torch.from_numpy(np.arange(len(ids)) - begins),
+            sample_ids=torch.from_numpy(np.repeat(np.asarray(sample_ids, np.int64), lengths)),
+            segments=segments,
+        )
+
+    def to(self, device: torch.device | str) -> Self:
+        return type(self)(
+            self.input_ids.to(device),
+            self.positions.to(device),
+            self.sample_ids.to(device),
+            self.segments.to(device),
+        )
