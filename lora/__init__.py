@@ -1,0 +1,1 @@
+"""The adapters: low-rank updates of linear layers, and the PEFT folders that hold them."""
