@@ -1,18 +1,34 @@
 """Note tables: where notes come from, read one at a time, refused with one clear line when damaged.
 
-A source is anything that yields `Note`s in the same order every time it is iterated and names its content by a
-fingerprint; the token cache, the splits and the tests depend on nothing else. Tables are read strictly: a cut last
-row, a missing field or a byte that is not UTF-8 raises, because a note that silently loses its end is a wrong note.
+A source is anything that yields `Note`s in the same order every time it is iterated and names its
+content by a fingerprint; the token cache, the splits and the loader depend on nothing else. Tables
+are read strictly: a cut last row, a missing field or a byte that is not UTF-8 raises, because a
+note that silently loses its end is a wrong note.
 
 Invariant: no message raised here contains a note's text, a label or a patient's identifier.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+import csv
+import difflib
+import glob
+import gzip
+import hashlib
+import io
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple, Protocol
+
+LINE_LIMIT = 1 << 26  # bytes in a line, characters in a field: far above any note, far below memory
+FORMATS = ".csv, .csv.gz, .jsonl, .jsonl.gz, .parquet, .txt, a folder of .txt, or MIMIC-IV-Note"
+MIMIC_IV_NOTE = frozenset(
+    ("note_id", "subject_id", "hadm_id", "note_type", "note_seq", "charttime", "storetime", "text")
+)
 
 
 class Note(NamedTuple):
-    """One note. `patient` is None for a source without patients, `label` is None for a note without a label."""
+    """One note; a source gives every note a patient or none, and a label only where it has one."""
 
     text: str
     patient: str | None = None
@@ -31,3 +47,451 @@ class NoteSource(Protocol):
     def fingerprint(self) -> str:
         """SHA-256 (hex) of everything that decides the notes: the content and the columns used."""
         ...
+
+
+class Columns(NamedTuple):
+    """The columns of a table that are read."""
+
+    text: str
+    label: str | None = None
+    patient: str | None = None
+
+    def named(self) -> list[str]:
+        return [name for name in self if name is not None]
+
+
+def open_notes(
+    path: str | Path,
+    *,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    patient_column: str | None = None,
+) -> NoteSource:
+    """Opens a table or a folder of notes; the header is checked now, the rows when they are read.
+
+    Without a text column, `text` is read. A table with the columns of MIMIC-IV-Note's
+    discharge.csv.gz and radiology.csv.gz has its patients in `subject_id`; a folder with such
+    tables is read as all of them, one after the other. Raises ValueError for a path that does not
+    exist, a format that is not known, a column that is missing or doubled, and an empty file.
+    """
+    path = Path(path)
+    columns = Columns(text_column or "text", label_column, patient_column)
+    if path.is_dir():
+        return _open_folder(path, columns, text_column)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file or folder; notes are read from {FORMATS}")
+    name = path.name.lower().removesuffix(".gz")
+    if name.endswith(".csv"):
+        return CsvNotes(path, columns)
+    if name.endswith(".jsonl"):
+        return JsonLinesNotes(path, columns)
+    if path.suffix.lower() == ".parquet":
+        return ParquetNotes(path, columns)
+    if path.suffix.lower() == ".txt":
+        _refuse_columns(path, label_column, patient_column, text_column)
+        return TextFiles([path], str(path))
+    raise ValueError(f"{path}: this format is not known; notes are read from {FORMATS}")
+
+
+class CsvNotes:
+    """Notes from CSV with a header, RFC 4180: UTF-8, commas, quotes doubled inside quotes."""
+
+    def __init__(self, path: Path, columns: Columns) -> None:
+        header = _csv_header(path)
+        if columns.patient is None and MIMIC_IV_NOTE.issubset(header):
+            columns = columns._replace(patient="subject_id")
+        _check_columns(path, header, columns)
+        self._path = path
+        self._columns = columns
+        self._places = [None if name is None else header.index(name) for name in columns]
+        self._width = len(header)
+        self.description = _describe(path, columns)
+
+    def __iter__(self) -> Iterator[Note]:
+        rows = _csv_rows(self._path)
+        next(rows)
+        text_at, label_at, patient_at = self._places
+        assert text_at is not None
+        record = 0
+        for record, (line, row) in enumerate(rows, 1):
+            if len(row) != self._width:
+                raise ValueError(
+                    f"{self._path}: record {record} (it ends on line {line}) has {len(row)} "
+                    f"fields, the header has {self._width}; a record must have as many fields as "
+                    f"the header: the file may be cut off, or a quote in it not doubled; write it "
+                    f"again"
+                )
+            yield _checked_note(
+                self._path,
+                record,
+                row[text_at],
+                None if label_at is None else row[label_at] or None,
+                None if patient_at is None else row[patient_at],
+            )
+        if record == 0:
+            raise _no_notes(self._path)
+
+    def fingerprint(self) -> str:
+        return _fingerprint("csv", self._columns, [_file_digest(self._path)])
+
+
+class JsonLinesNotes:
+    """Notes from JSON lines: one object a line, the columns are its keys."""
+
+    def __init__(self, path: Path, columns: Columns) -> None:
+        first = next(_lines(path), None)
+        if first is None:
+            raise ValueError(f"{path}: the file is empty; one JSON object a line is expected")
+        _check_columns(path, list(_json_object(path, 1, first)), columns)
+        self._path = path
+        self._columns = columns
+        self.description = _describe(path, columns)
+
+    def __iter__(self) -> Iterator[Note]:
+        text_key, label_key, patient_key = self._columns
+        record = 0
+        for line, content in enumerate(_lines(self._path), 1):
+            if not content.strip():
+                continue
+            record += 1
+            values = _json_object(self._path, line, content)
+            for key in self._columns.named():
+                if key not in values:
+                    raise ValueError(
+                        f"{self._path}: line {line} has no key {key!r}; every line must have it"
+                    )
+            yield _checked_note(
+                self._path,
+                record,
+                _text_value(self._path, record, text_key, values[text_key]),
+                _id_value(self._path, record, label_key, values),
+                _id_value(self._path, record, patient_key, values),
+            )
+        if record == 0:
+            raise _no_notes(self._path)
+
+    def fingerprint(self) -> str:
+        return _fingerprint("jsonl", self._columns, [_file_digest(self._path)])
+
+
+class ParquetNotes:
+    """Notes from a Parquet file, read by the optional library duckdb."""
+
+    def __init__(self, path: Path, columns: Columns) -> None:
+        self._path = path
+        self._columns = columns
+        header = [row[0] for row in _parquet_rows(path, "DESCRIBE SELECT *")]
+        _check_columns(path, header, columns)
+        self.description = _describe(path, columns)
+
+    def __iter__(self) -> Iterator[Note]:
+        names = self._columns.named()
+        quoted = ", ".join('"' + name.replace('"', '""') + '"' for name in names)
+        record = 0
+        for record, row in enumerate(_parquet_rows(self._path, f"SELECT {quoted}"), 1):
+            values = dict(zip(names, row, strict=True))
+            yield _checked_note(
+                self._path,
+                record,
+                _text_value(self._path, record, self._columns.text, values[self._columns.text]),
+                _id_value(self._path, record, self._columns.label, values),
+                _id_value(self._path, record, self._columns.patient, values),
+            )
+        if record == 0:
+            raise _no_notes(self._path)
+
+    def fingerprint(self) -> str:
+        return _fingerprint("parquet", self._columns, [_file_digest(self._path)])
+
+
+class TextFiles:
+    """Notes from text files, one note a file, in the order given."""
+
+    def __init__(self, paths: Sequence[Path], description: str) -> None:
+        self._paths = paths
+        self.description = description
+
+    def __iter__(self) -> Iterator[Note]:
+        for path in self._paths:
+            content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+            try:
+                text = content.decode()
+            except UnicodeDecodeError as error:
+                raise _not_utf8(path, f"byte {error.start}") from None
+            yield _checked_note(path, 1, text, None, None)
+
+    def fingerprint(self) -> str:
+        return _fingerprint("text", Columns("text"), map(_file_digest, self._paths))
+
+
+class ChainedNotes:
+    """The notes of several sources, one source after the other."""
+
+    def __init__(self, sources: Sequence[NoteSource]) -> None:
+        self._sources = sources
+        self.description = "; ".join(source.description for source in sources)
+
+    def __iter__(self) -> Iterator[Note]:
+        for source in self._sources:
+            yield from source
+
+    def fingerprint(self) -> str:
+        digests = (source.fingerprint() for source in self._sources)
+        return _fingerprint("chain", Columns("text"), digests)
+
+
+def _open_folder(folder: Path, columns: Columns, text_column: str | None) -> NoteSource:
+    """MIMIC-IV-Note's tables in the folder or in its `note` folder, else its text files."""
+    tables: dict[str, Path] = {}
+    for place in (folder, folder / "note"):
+        for path in sorted(place.glob("*.csv*")):
+            name = path.name.lower().removesuffix(".gz")
+            if not name.endswith(".csv") or not MIMIC_IV_NOTE.issubset(_csv_header(path)):
+                continue
+            if name in tables:
+                raise ValueError(
+                    f"{folder}: the table {name} is there twice, in {tables[name]} and {path}; "
+                    f"keep one of them"
+                )
+            tables[name] = path
+    if tables:
+        return ChainedNotes([CsvNotes(path, columns) for path in tables.values()])
+    files = sorted(path for path in folder.rglob("*.txt") if path.is_file())
+    if not files:
+        raise ValueError(
+            f"{folder}: no table with the columns of MIMIC-IV-Note and no .txt file in this "
+            f"folder; name a table itself, or a folder with notes as .txt files"
+        )
+    _refuse_columns(folder, columns.label, columns.patient, text_column)
+    return TextFiles(files, f"{folder}, {len(files)} text files")
+
+
+def _refuse_columns(path: Path, *columns: str | None) -> None:
+    for column in columns:
+        if column is not None:
+            raise ValueError(
+                f"{path}: text files have no column {column!r}; leave the column out, or give the "
+                f"notes as a table with labels and patients"
+            )
+
+
+def _describe(path: Path, columns: Columns) -> str:
+    roles = (f"{role} {name!r}" for role, name in columns._asdict().items() if name is not None)
+    return f"{path}, {', '.join(roles)}"
+
+
+def _check_columns(path: Path, header: list[str], columns: Columns) -> None:
+    """Refuses a doubled or missing column; never lists a header, which may be a row of data."""
+    if len(set(header)) != len(header):
+        raise ValueError(
+            f"{path}: two of the {len(header)} columns have the same name; give each its own name"
+        )
+    for role, name in columns._asdict().items():
+        if name is None or name in header:
+            continue
+        folded = {column.casefold(): column for column in header}
+        near = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.75)
+        hint = f"; the nearest is {folded[near[0]]!r}" if near else ""
+        raise ValueError(
+            f"{path}: no {role} column {name!r} among its {len(header)} columns{hint}; name it "
+            f"with --{role}-column (the first line must be the header)"
+        )
+    if len(set(columns.named())) != len(columns.named()):
+        raise ValueError(f"{path}: one column is named for two purposes; name a column for each")
+
+
+def _checked_note(
+    path: Path, record: int, text: str, label: str | None, patient: str | None
+) -> Note:
+    if "\0" in text or (label and "\0" in label) or (patient and "\0" in patient):
+        raise ValueError(
+            f"{path}: record {record} contains a NUL character, which text never does; the file "
+            f"is damaged or in another encoding (UTF-8 is read): export it again"
+        )
+    if patient == "":
+        raise ValueError(
+            f"{path}: record {record} has no patient; every note needs one, or the split could "
+            f"put one patient on both sides: drop the record, or leave the patient column out"
+        )
+    return Note(text, patient, label)
+
+
+def _no_notes(path: Path) -> ValueError:
+    return ValueError(
+        f"{path}: no notes in it, only a header or blank lines; at least one is needed"
+    )
+
+
+def _not_utf8(path: Path, place: str) -> ValueError:
+    return ValueError(
+        f"{path}: {place} is not UTF-8, the only encoding read; convert the file, for example "
+        f"from Latin-1: iconv -f latin1 -t utf-8"
+    )
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Lines of a UTF-8 file, gzip or plain, with their ends (LF or CRLF) and without a BOM."""
+    with path.open("rb") as raw:
+        packed = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        if path.suffix.lower() == ".gz" and not packed and path.stat().st_size > 0:
+            raise ValueError(f"{path}: named .gz, but not a gzip file; rename it, or pack it")
+        with gzip.GzipFile(fileobj=raw) if packed else raw as file:
+            lines_before = 0
+            for block in _whole_lines(path, file):
+                try:
+                    text = block.decode()
+                except UnicodeDecodeError as error:
+                    line = lines_before + block.count(b"\n", 0, error.start) + 1
+                    raise _not_utf8(path, f"line {line}") from None
+                if lines_before == 0:
+                    text = text.removeprefix("\ufeff")
+                yield from io.StringIO(text, newline="\n")
+                lines_before += block.count(b"\n")
+
+
+def _whole_lines(path: Path, file: IO[bytes]) -> Iterator[bytes]:
+    """The file in blocks of about a mebibyte that end where a line ends."""
+    rest = b""
+    try:
+        while block := file.read(1 << 20):
+            head, newline, tail = block.rpartition(b"\n")
+            if newline:
+                yield rest + head + newline
+                rest = tail
+            else:
+                rest += tail
+            if len(rest) > LINE_LIMIT:
+                raise ValueError(
+                    f"{path}: a line has more than {LINE_LIMIT >> 20} MiB, the most that is read; "
+                    f"the file is damaged, or its notes must be cut"
+                )
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        raise ValueError(
+            f"{path}: the gzip data are cut off or damaged; fetch the file again (gzip -t checks "
+            f"it)"
+        ) from None
+    if rest:
+        yield rest
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Rows with the line each ends on; the header is the first, blank lines are left out."""
+    csv.field_size_limit(LINE_LIMIT)
+    reader = csv.reader(_lines(path), strict=True)
+    rows = 0
+    try:
+        for row in reader:
+            if row:
+                yield reader.line_num, row
+                rows += 1
+    except csv.Error as error:  # the module's messages name the fault and never quote the row
+        what = "the header" if rows == 0 else f"record {rows}"
+        raise ValueError(
+            f"{path}: {what} (it ends on line {reader.line_num}) is not valid CSV: {error}; the "
+            f"file may be cut off, or a quote in it not doubled; write it again"
+        ) from None
+
+
+def _csv_header(path: Path) -> list[str]:
+    for _, row in _csv_rows(path):
+        return row
+    raise ValueError(f"{path}: the file is empty; a header line and records are expected")
+
+
+def _json_object(path: Path, line: int, content: str) -> dict[str, Any]:
+    try:
+        value = json.loads(content, object_pairs_hook=_unique)
+    except _DoubledKey:
+        raise ValueError(f"{path}: line {line} has a key twice; each key may stand once") from None
+    except (json.JSONDecodeError, RecursionError):
+        raise ValueError(
+            f"{path}: line {line} is not valid JSON; one object a line is expected: the file may "
+            f"be cut off, or be a single JSON document"
+        ) from None
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{path}: line {line} is a JSON {type(value).__name__}; one object a line is expected"
+        )
+    return value
+
+
+class _DoubledKey(ValueError):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise _DoubledKey
+    return values
+
+
+def _text_value(path: Path, record: int, column: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(
+            f"{path}: record {record} has a {type(value).__name__} in column {column!r}; a note "
+            f"must be a string (an empty one is allowed)"
+        )
+    return _encodable(path, record, value)
+
+
+def _id_value(path: Path, record: int, column: str | None, values: dict[str, Any]) -> str | None:
+    """A label or a patient as text: strings and whole numbers as they are, null as none."""
+    if column is None:
+        return None
+    value = values[column]
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value is None:
+        return None
+    if not isinstance(value, str | int):
+        raise ValueError(
+            f"{path}: record {record} has a {type(value).__name__} in column {column!r}; a string "
+            f"or a whole number is expected"
+        )
+    return _encodable(path, record, str(value))
+
+
+def _encodable(path: Path, record: int, value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{path}: record {record} contains half a surrogate pair, which is no character; "
+            f"export the file again"
+        ) from None
+    return value
+
+
+def _parquet_rows(path: Path, select: str) -> Iterator[tuple[Any, ...]]:
+    """Rows of one duckdb query over a Parquet file; duckdb's own messages may quote values."""
+    try:
+        import duckdb
+    except ImportError:
+        raise ValueError(
+            f"{path}: reading Parquet needs the optional library duckdb; pip install duckdb (the "
+            f"extra `mimic` brings it), or convert the table to CSV"
+        ) from None
+    options = {"autoinstall_known_extensions": False, "memory_limit": "1GB", "threads": 1}
+    with duckdb.connect(config=options) as connection:
+        try:
+            # The path goes in as a pattern: escape what would match other files.
+            query = f"{select} FROM read_parquet(?)"
+            answer = connection.execute(query, [glob.escape(str(path))])
+            while rows := answer.fetchmany(256):
+                yield from rows
+        except duckdb.Error:
+            raise ValueError(
+                f"{path}: not a Parquet file that can be read (cut off, damaged, or of another "
+                f"format); write it again"
+            ) from None
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fingerprint(kind: str, columns: Columns, digests: Iterable[str]) -> str:
+    return hashlib.sha256(json.dumps([kind, columns, list(digests)]).encode()).hexdigest()

@@ -1,0 +1,395 @@
+"""Tokenizers: sentencepiece (`tokenizer.model`) and `tokenizer.json`, without special tokens of their own accord.
+
+`encode` never adds BOS or EOS (packing does), and text that spells a special token stays text: a note that says
+"</s>" must not end a segment. Special ids come from the tokenizer's files; a preset fills what they lack.
+
+Sentencepiece BPE models are encoded word by word through a table of words already seen. This is exact where no piece
+of the vocabulary reaches over a word boundary, because BPE merges only pairs that are pieces, so the merges of two
+words cannot touch; `_word_boundaries` reads the model and allows it only then. Other models take the plain path.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import sentencepiece
+
+SPACE = "\u2581"  # sentencepiece's escaped space
+WORDS_KEPT = 1 << 18  # words in the table before it starts again
+WORD_CHARACTERS = 64  # longer words are encoded each time they come
+
+
+class SpecialIds(NamedTuple):
+    """Ids of the special tokens; None where a tokenizer has none."""
+
+    unk: int | None
+    bos: int | None
+    eos: int | None
+    pad: int | None
+
+
+PRESETS = {
+    "llama": SpecialIds(unk=0, bos=1, eos=2, pad=0),
+    "pmc-llama": SpecialIds(unk=0, bos=1, eos=2, pad=2),
+}
+
+
+class Tokenizer(Protocol):
+    """What the rest of the project asks of a tokenizer."""
+
+    path: Path  # the file it was read from
+    vocab_size: int  # every id is below it
+    special: SpecialIds
+
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def eos_id(self) -> int | None: ...
+    @property
+    def pad_id(self) -> int | None: ...
+    @property
+    def unk_id(self) -> int | None: ...
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without BOS or EOS; special-token text stays text."""
+        ...
+
+    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text, as arrays of `token_dtype(vocab_size)`."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
+        ...
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of all that decides `encode`."""
+        ...
+
+
+def load_tokenizer(path: str | Path, preset: str | None = None) -> Tokenizer:
+    """Reads the tokenizer of a checkpoint folder, or one tokenizer file.
+
+    `tokenizer.model` is taken before `tokenizer.json` when a folder has both. Raises ValueError for a folder without
+    either, a file that is neither, a preset that is not known, and special ids outside the vocabulary.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"tokenizer preset {preset!r} is not known; known: {', '.join(PRESETS)}")
+    file = _tokenizer_file(Path(path))
+    if file.suffix == ".json":
+        tokenizer: _JsonTokenizer | _SentencepieceTokenizer = _JsonTokenizer(file)
+    else:
+        tokenizer = _SentencepieceTokenizer(file)
+    if preset is not None:
+        filled = (
+            own if own is not None else default
+            for own, default in zip(tokenizer.special, PRESETS[preset], strict=True)
+        )
+        tokenizer.special = SpecialIds(*filled)
+    for name, value in tokenizer.special._asdict().items():
+        if value is not None and not 0 <= value < tokenizer.vocab_size:
+            raise ValueError(
+                f"{file}: the {name} id is {value}, but ids go from 0 to {tokenizer.vocab_size - 1}; "
+                f"correct the tokenizer's configuration files"
+            )
+    return tokenizer
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest of uint16 and uint32 that holds every id."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def _tokenizer_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    for name in ("tokenizer.model", "tokenizer.json"):
+        if (path / name).is_file():
+            return path / name
+    raise ValueError(
+        f"{path}: no tokenizer.model and no tokenizer.json here; name a checkpoint folder that has one of them"
+    )
+
+
+class _Specials:
+    """The four ids by the names their users read."""
+
+    special: SpecialIds
+
+    @property
+    def bos_id(self) -> int | None:
+        return self.special.bos
+
+    @property
+    def eos_id(self) -> int | None:
+        return self.special.eos
+
+    @property
+    def pad_id(self) -> int | None:
+        return self.special.pad
+
+    @property
+    def unk_id(self) -> int | None:
+        return self.special.unk
+
+
+class _SentencepieceTokenizer(_Specials):
+    """A sentencepiece model; special ids are the model's own."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        model = path.read_bytes()
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            boundaries = _word_boundaries(model)
+        except (RuntimeError, IndexError, UnicodeDecodeError):
+            raise ValueError(
+                f"{path}: not a sentencepiece model (truncated, or another format under this name); "
+                f"fetch the file again, or name a tokenizer.json"
+            ) from None
+        self._digest = hashlib.sha256(model).hexdigest()
+        self.vocab_size = self._processor.get_piece_size()
+        self._dtype = token_dtype(self.vocab_size)
+        self._words = _Words(self._processor, self._dtype, boundaries) if boundaries else None
+        ids = (getattr(self._processor, f"{name}_id")() for name in SpecialIds._fields)
+        self.special = SpecialIds(*(None if value < 0 else value for value in ids))
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if self._words is not None:
+            return [self._words.encode(text) for text in texts]
+        return [
+            np.array(ids, self._dtype) for ids in self._processor.encode(list(texts), num_threads=1)
+        ]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._processor.decode([int(i) for i in ids])
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"sentencepiece {self._digest}".encode()).hexdigest()
+
+
+class _JsonTokenizer(_Specials):
+    """A `tokenizer.json`, read by the tokenizers library; special ids from the configuration files beside it."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import tokenizers
+        except ImportError:
+            raise ValueError(
+                f"{path}: reading tokenizer.json needs the optional library tokenizers; "
+                f"pip install tokenizers, or name a sentencepiece tokenizer.model"
+            ) from None
+        self.path = path
+        content = path.read_bytes()
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+        except Exception as error:  # the library raises plain Exception
+            reason = str(error).splitlines()[0][:200]
+            raise ValueError(f"{path}: not a tokenizer.json that can be read ({reason})") from None
+        self._tokenizer.no_truncation()  # many files carry their model's 512 tokens as a limit
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # their text in a note stays text
+        self._digest = hashlib.sha256(content).hexdigest()
+        self._ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(self._ids.values(), default=-1) + 1
+        self._dtype = token_dtype(self.vocab_size)
+        self.special = self._read_special(path.parent)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, self._dtype) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"tokenizer.json {self._digest}".encode()).hexdigest()
+
+    def _read_special(self, folder: Path) -> SpecialIds:
+        """Names from tokenizer_config.json, then special_tokens_map.json; ids from config.json where both lack one."""
+        named = [
+            _read_json(folder / n) for n in ("tokenizer_config.json", "special_tokens_map.json")
+        ]
+        numbered = _read_json(folder / "config.json")
+        found = (self._special_id(name, named, numbered) for name in SpecialIds._fields)
+        return SpecialIds(*found)
+
+    def _special_id(self, name: str, named: list[dict], numbered: dict) -> int | None:
+        for config in named:
+            token = config.get(f"{name}_token")
+            content = token.get("content") if isinstance(token, dict) else token
+            if content:
+                if content not in self._ids:
+                    raise ValueError(
+                        f"{self.path.parent}: the {name} token named in its configuration is not in "
+                        f"{self.path.name}; the files belong to different tokenizers"
+                    )
+                return self._ids[content]
+        value = numbered.get(f"{name}_token_id")
+        if isinstance(value, list):  # Llama 3 lists several end tokens: the first ends a document
+            value = value[0] if value else None
+        return value if isinstance(value, int) else None
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{path}: not valid JSON in UTF-8; fetch the file again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds a {type(value).__name__} where a JSON object is expected")
+    return value
+
+
+class _WordBoundaries(NamedTuple):
+    """How a model's texts fall into words that are encoded independently."""
+
+    pattern: re.Pattern[str]
+    dummy_prefix: bool  # the model puts a space before a text
+    collapse_spaces: bool  # the model drops spaces at both ends and repeated ones
+
+
+class _Words(dict[str, bytes]):
+    """Ids of every word seen, as the bytes of an array; a missing word is encoded by sentencepiece and kept."""
+
+    def __init__(
+        self,
+        processor: sentencepiece.SentencePieceProcessor,
+        dtype: np.dtype,
+        boundaries: _WordBoundaries,
+    ) -> None:
+        super().__init__()
+        self._processor = processor
+        self._dtype = dtype
+        self._find_words = boundaries.pattern.findall
+        self._dummy_prefix = boundaries.dummy_prefix
+        self._collapse_spaces = boundaries.collapse_spaces
+        self._newline_ids = len(processor.encode("\n"))
+
+    def encode(self, text: str) -> np.ndarray:
+        if self._collapse_spaces:
+            if SPACE in text:  # written out, it counts as a space in some places and not in others
+                return np.array(self._processor.encode(text), self._dtype)
+            text = " ".join(filter(None, text.split(" ")))
+        if self._dummy_prefix and text:
+            text = " " + text
+        ids = b"".join(map(self.__getitem__, self._find_words(text)))
+        return np.frombuffer(ids, self._dtype)
+
+    def __missing__(self, word: str) -> bytes:
+        ids = np.array(self._encode_word(word), self._dtype).tobytes()
+        if len(word) <= WORD_CHARACTERS:
+            if len(self) >= WORDS_KEPT:
+                self.clear()
+            self[word] = ids
+        return ids
+
+    def _encode_word(self, word: str) -> list[int]:
+        if not self._dummy_prefix:
+            return self._processor.encode(word)
+        if word in (" ", SPACE):  # an empty text gets no prefix
+            return [self._processor.piece_to_id(SPACE)]
+        if word[:1] in (" ", SPACE):
+            return self._processor.encode(word[1:])
+        # A word after a newline must not get the prefix: encode the newline too, and drop its ids.
+        return self._processor.encode("\n" + word)[self._newline_ids :]
+
+
+# Numbers of the fields of sentencepiece_model.proto that decide whether words are independent.
+_PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
+_PIECE_TEXT, _PIECE_TYPE = 1, 3
+_MODEL_TYPE, _WHITESPACE_AS_SUFFIX, _BPE = 3, 24, 2
+_CHARACTER_MAP, _DUMMY_PREFIX, _REMOVE_EXTRA_SPACES, _ESCAPE_SPACES = 2, 3, 4, 5
+_NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
+
+
+def _word_boundaries(model: bytes) -> _WordBoundaries | None:
+    """Where this model's text may be cut without changing its ids; None when nowhere that is proven.
+
+    A word is a run of spaces with the characters up to the next space, or up to and with the next newline where no
+    piece goes on after one. Asked of the model: BPE, no normalisation of characters, no user-defined pieces (they are
+    matched before the merges), and no piece with a space after another character.
+    """
+    trainer: dict[int, int | bytes] = {}
+    normalizer: dict[int, int | bytes] = {}
+    newline_ends_word = True
+    newline_is_known = False  # unknown characters side by side become one <unk>, over a newline too
+    pieces = set()
+    for number, value in _fields(model):
+        if number == _PIECES and isinstance(value, bytes):
+            piece = dict(_fields(value))
+            text = bytes(piece.get(_PIECE_TEXT, b"")).decode()
+            kind = piece.get(_PIECE_TYPE, _NORMAL)
+            if kind not in (_NORMAL, _UNKNOWN, _CONTROL, _BYTE):
+                return None
+            if text == "\n" or (kind == _BYTE and text == "<0x0A>"):
+                newline_is_known = True
+            if kind == _NORMAL:
+                if SPACE in text.lstrip(SPACE):
+                    return None
+                newline_ends_word = newline_ends_word and "\n" not in text[:-1]
+                pieces.add(text)
+        elif number == _TRAINER and isinstance(value, bytes):
+            trainer = dict(_fields(value))
+        elif number == _NORMALIZER and isinstance(value, bytes):
+            normalizer = dict(_fields(value))
+    plain = (
+        trainer.get(_MODEL_TYPE) == _BPE
+        and not trainer.get(_WHITESPACE_AS_SUFFIX, 0)
+        and not normalizer.get(_CHARACTER_MAP)
+        and normalizer.get(_ESCAPE_SPACES, 1)
+        and SPACE in pieces
+    )
+    if not plain:
+        return None
+    until = rf"[^ {SPACE}\n]*\n?" if newline_ends_word and newline_is_known else rf"[^ {SPACE}]*"
+    return _WordBoundaries(
+        re.compile(rf"[ {SPACE}]*{until}"),
+        dummy_prefix=bool(normalizer.get(_DUMMY_PREFIX, 1)),
+        collapse_spaces=bool(normalizer.get(_REMOVE_EXTRA_SPACES, 1)),
+    )
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Field numbers and values of one protocol-buffer message; raises IndexError when it is cut."""
+    at = 0
+    while at < len(message):
+        tag, at = _varint(message, at)
+        wire = tag & 7
+        if wire == 0:
+            value, at = _varint(message, at)
+            yield tag >> 3, value
+            continue
+        if wire == 2:
+            size, at = _varint(message, at)
+        elif wire in (1, 5):
+            size = 8 if wire == 1 else 4
+        else:
+            raise IndexError
+        if at + size > len(message):
+            raise IndexError
+        yield tag >> 3, message[at : at + size]
+        at += size
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+        shift += 7
