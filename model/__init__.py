@@ -1,0 +1,1 @@
+"""The networks: the decoder, its heads, generation, and checkpoints in and out."""

@@ -1,0 +1,95 @@
+"""Keys and values that a decoder has already computed, so that a new token costs one row.
+
+Letters: n sequences, M new tokens, N query heads, G key-value heads, S stored tokens, H head width.
+The invariant: a cache is an argument of the forward pass and belongs to its caller; a network
+without one computes the same numbers from all tokens at once.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from model.attention import attend
+from model.batch import TokenBatch
+from model.config import DecoderConfig
+
+
+class KVCache:
+    """Room for `capacity` tokens of each of `count` sequences, in every layer.
+
+    The first forward pass brings the prompts, of any lengths; each later one brings one token of
+    every sequence. Keys are stored with their positions rotated in.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        count: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        shape = (count, capacity, config.num_key_value_heads, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        # Zeros, not empty memory: a hidden place has weight zero, and zero times NaN is NaN.
+        self._keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self._values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.lengths = [0] * count
+        self._is_prefill = True
+        self._slots = self._is_visible = torch.empty(0)
+
+    def extend(self, batch: TokenBatch) -> Tensor:
+        """Make room for the batch's tokens; returns their positions [M] in the whole sequences."""
+        capacity, device = self._keys[0].shape[1], batch.input_ids.device
+        added = batch.segments.lengths
+        assert len(added) == len(self.lengths)
+        self._is_prefill = not any(self.lengths)
+        assert self._is_prefill or set(added) == {1}, "after the prompts, one token at a time"
+        starts = [row * capacity + length for row, length in enumerate(self.lengths)]
+        self.lengths = [a + b for a, b in zip(self.lengths, added, strict=True)]
+        assert max(self.lengths) <= capacity
+        if self._is_prefill:
+            starts_M = torch.tensor(starts, device=device).repeat_interleave(
+                torch.tensor(added, device=device), output_size=batch.segments.offsets[-1]
+            )
+            self._slots = starts_M + batch.positions
+            return batch.positions
+        lengths = torch.tensor(self.lengths, device=device)
+        stored = torch.arange(max(self.lengths), device=device)
+        self._slots = torch.tensor(starts, device=device)
+        self._is_visible = (stored < lengths[:, None])[:, None, None]
+        return lengths - 1
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: TokenBatch) -> Tensor:
+        """Store k and v, then let each query see its own sequence up to itself.
+
+        Args:
+            q: [M, N, H]; k, v: [M, G, H], positions already rotated in.
+
+        Returns:
+            [M, N, H].
+        """
+        keys, values = self._keys[layer], self._values[layer]
+        keys.flatten(0, 1)[self._slots] = k
+        values.flatten(0, 1)[self._slots] = v
+        if self._is_prefill:
+            return attend(q, k, v, batch.segments)
+        longest = self._is_visible.shape[-1]
+        # The query heads of one key-value head stand where a prompt's queries would.
+        out_nGQH = scaled_dot_product_attention(
+            q.unflatten(1, (k.shape[1], -1)),
+            keys[:, :longest].transpose(1, 2),
+            values[:, :longest].transpose(1, 2),
+            attn_mask=self._is_visible,
+        )
+        return out_nGQH.flatten(1, 2)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drop every sequence but these."""
+        index = torch.tensor(rows, device=self._keys[0].device)
+        self._keys = [keys[index] for keys in self._keys]
+        self._values = [values[index] for values in self._values]
+        self.lengths = [self.lengths[row] for row in rows]

@@ -1,0 +1,257 @@
+"""Checkpoints of Hugging Face's layout in and out: config.json and one or many safetensors files.
+
+Parameter names in the code are the names on the disk. The invariant: a model is filled by exactly
+the tensors it has, name by name and shape by shape, or not at all; and everything is known to
+match before memory is asked for.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from model.config import DecoderConfig, read_config, write_config
+from model.files import (
+    file_inside,
+    new_folder,
+    open_safetensors,
+    read_json,
+    write_json,
+    write_safetensors,
+)
+from model.heads import CausalLM, SequenceClassifier
+from model.linear import Linear
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_HEAD = "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
+_SCORE = "score.weight"
+
+# Older LLaMA files carry RoPE's frequencies, which follow from config.json.
+_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+_FLOATING = ("F64", "F32", "F16", "BF16")
+
+
+def load_causal_lm(
+    folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> CausalLM:
+    """Load a LLaMA checkpoint; ValueError says what is wrong with a bad one."""
+    folder = Path(folder)
+    config = read_config(folder)
+    places = _places(folder)
+    with torch.device("meta"):
+        model = CausalLM(config)
+    if config.tie_word_embeddings and _HEAD in places:
+        # Some writers store the shared matrix twice.
+        _check_equal(places, _HEAD, _EMBEDDING)
+        del places[_HEAD]
+    _check_match(model, places, folder)
+    model.load_state_dict(_read(places, dtype, device), strict=True, assign=True)
+    return model
+
+
+def load_classifier(
+    folder: Path,
+    num_labels: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> SequenceClassifier:
+    """Load a classifier, or a language model whose head gives way to a fresh `score`.
+
+    `score.weight` trains and is float32 or wider whatever `dtype` is. A fresh one is a function
+    of `seed` alone.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    places = _places(folder)
+    with torch.device("meta"):
+        model = SequenceClassifier(config, num_labels)
+    places.pop(_HEAD, None)
+    wide = torch.promote_types(dtype, torch.float32)
+    if _SCORE in places:
+        _check_match(model, places, folder)
+        score = _read({_SCORE: places.pop(_SCORE)}, wide, device)
+    else:
+        _check_match(model, {**places, _SCORE: None}, folder)
+        score = {_SCORE: _fresh_score(config, num_labels, seed).to(device, wide)}
+    model.load_state_dict(_read(places, dtype, device) | score, strict=True, assign=True)
+    return model
+
+
+def save_model(
+    model: CausalLM | SequenceClassifier,
+    folder: Path,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    label_names: Sequence[str] = (),
+) -> None:
+    """Write config.json and the weights into a new folder, all of it or nothing.
+
+    A file holds at most `max_shard_bytes` of tensors, or one larger tensor. Adapters are not part
+    of a checkpoint: they are saved on their own, or merged first.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and module.adapters:
+            raise ValueError(
+                f"{name} carries the adapter {next(iter(module.adapters))!r}; merge or detach "
+                "adapters before the model is saved"
+            )
+    tensors = model.state_dict()
+    shards = _shards(tensors, max_shard_bytes)
+    with new_folder(Path(folder)) as aside:
+        weight_map: dict[str, str] = {}
+        for i, shard in enumerate(shards, start=1):
+            name = _SINGLE if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
+            write_safetensors(aside / name, {key: tensors[key] for key in shard})
+            weight_map |= dict.fromkeys(shard, name)
+        if len(shards) > 1:
+            total_size = sum(tensor.nbytes for tensor in tensors.values())
+            parameters = sum(tensor.numel() for tensor in tensors.values())
+            metadata = {"total_parameters": parameters, "total_size": total_size}
+            write_json(aside / _INDEX, {"metadata": metadata, "weight_map": weight_map})
+        kind = "ForCausalLM" if isinstance(model, CausalLM) else "ForSequenceClassification"
+        write_config(
+            model.config,
+            aside,
+            architecture=f"Llama{kind}",
+            dtype=model.model.embed_tokens.weight.dtype,
+            label_names=label_names or _default_labels(model),
+        )
+
+
+def _default_labels(model: nn.Module) -> list[str]:
+    """transformers reads the number of classes from the label names alone."""
+    if not isinstance(model, SequenceClassifier):
+        return []
+    return [f"LABEL_{i}" for i in range(model.score.out_features)]
+
+
+def _shards(tensors: dict[str, Tensor], max_bytes: int) -> list[list[str]]:
+    """Tensor names in order, cut so that each part holds at most `max_bytes` or one tensor."""
+    shards: list[list[str]] = []
+    room = 0
+    for name, tensor in tensors.items():
+        if not shards or tensor.nbytes > room:
+            shards.append([])
+            room = max_bytes
+        shards[-1].append(name)
+        room -= tensor.nbytes
+    return shards
+
+
+def _places(folder: Path) -> dict[str, Path]:
+    """Which file holds each tensor. Every file is opened once: it is whole and holds no others."""
+    single, index = folder / _SINGLE, folder / _INDEX
+    if single.exists() and index.exists():
+        raise ValueError(f"{folder} has both {_SINGLE} and {_INDEX}; remove the stale one")
+    if index.exists():
+        expected_of: Mapping[Path, set[str] | None] = _read_index(index)
+    elif single.exists():
+        expected_of = {file_inside(folder, _SINGLE): None}
+    else:
+        raise ValueError(
+            f"{folder} has neither {_SINGLE} nor {_INDEX}; convert other formats to safetensors"
+        )
+    places: dict[str, Path] = {}
+    for path, expected in expected_of.items():
+        with open_safetensors(path) as file:
+            found = set(file.keys())
+        if expected is not None and found != expected:
+            raise ValueError(
+                f"{path} does not hold the tensors that {_INDEX} gives it: "
+                f"{_some(found ^ expected)}; the files are not of one checkpoint"
+            )
+        places |= dict.fromkeys(found, path)
+    return {name: path for name, path in places.items() if not _DERIVED.fullmatch(name)}
+
+
+def _read_index(path: Path) -> dict[Path, set[str]]:
+    """The files that the index names, each with its tensors."""
+    raw = read_json(path)
+    weight_map = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{path} has no weight_map from tensor names to files")
+    tensors_of: dict[Path, set[str]] = {}
+    for tensor, name in weight_map.items():
+        shard = file_inside(path.parent, name)
+        if shard.suffix != ".safetensors":
+            raise ValueError(f"{path} names {name!r}; only .safetensors files are read")
+        tensors_of.setdefault(shard, set()).add(tensor)
+    return tensors_of
+
+
+def _check_match(model: nn.Module, places: Mapping[str, Path | None], folder: Path) -> None:
+    """Refuse a checkpoint whose names, shapes or number formats are not those of the model.
+
+    A name whose place is None is filled from elsewhere.
+    """
+    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    if missing := wanted.keys() - places.keys():
+        raise ValueError(f"{folder} lacks tensors that its config.json asks for: {_some(missing)}")
+    if unknown := places.keys() - wanted.keys():
+        raise ValueError(f"{folder} has tensors that its config.json rules out: {_some(unknown)}")
+    for path, names in _by_file(places).items():
+        with open_safetensors(path) as file:
+            for name in names:
+                header = file.get_slice(name)
+                if header.get_shape() != wanted[name]:
+                    raise ValueError(
+                        f"{path}: {name} has the shape {header.get_shape()}; the model "
+                        f"that config.json describes needs {wanted[name]}"
+                    )
+                if header.get_dtype() not in _FLOATING:
+                    raise ValueError(
+                        f"{path}: {name} is stored as {header.get_dtype()}; read are "
+                        f"{', '.join(_FLOATING)}"
+                    )
+
+
+def _check_equal(places: Mapping[str, Path], a: str, b: str) -> None:
+    if b not in places:
+        return  # missing tensors are reported together
+    found = []
+    for name in (a, b):
+        with open_safetensors(places[name]) as file:
+            found.append(file.get_tensor(name))
+    if not torch.equal(*found):
+        raise ValueError(
+            f"{places[a]} holds {a} and it differs from {b}, but config.json ties them; set "
+            "tie_word_embeddings to false if the checkpoint has a head of its own"
+        )
+
+
+def _read(
+    places: Mapping[str, Path], dtype: torch.dtype, device: torch.device | str
+) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for path, names in _by_file(places).items():
+        with open_safetensors(path) as file:
+            for name in names:
+                # A copy, so that nothing in memory depends on the file any more.
+                tensors[name] = file.get_tensor(name).to(device, dtype, copy=True)
+    return tensors
+
+
+def _by_file(places: Mapping[str, Path | None]) -> dict[Path, list[str]]:
+    names_of: dict[Path, list[str]] = {}
+    for name, path in places.items():
+        if path is not None:
+            names_of.setdefault(path, []).append(name)
+    return names_of
+
+
+def _fresh_score(config: DecoderConfig, num_labels: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    weight_CD = torch.empty(num_labels, config.hidden_size)
+    return weight_CD.normal_(std=config.initializer_range, generator=generator)
+
+
+def _some(names: set[str]) -> str:
+    """The first three names, and how many more there are."""
+    shown = sorted(names)
+    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")

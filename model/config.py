@@ -1,0 +1,311 @@
+"""The shape of a LLaMA decoder, from and to the `config.json` of Hugging Face.
+
+Fields carry config.json's own names. The files of transformers 4 (`rope_theta`, `rope_scaling`,
+`torch_dtype`) and of transformers 5 (`rope_parameters`, `dtype`) are read, and a written file
+serves both. The invariant: a key that this decoder does not honour is refused, never ignored, so
+a loaded model computes what its config says.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.files import read_json, write_json
+
+# Far above any LLaMA; a size beyond these is a damaged or hostile file.
+_LIMITS = {
+    "vocab_size": 1 << 22,
+    "hidden_size": 1 << 17,
+    "intermediate_size": 1 << 20,
+    "num_hidden_layers": 1 << 10,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 12,
+    "max_position_embeddings": 1 << 31,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinearScaling:
+    """Positions divided by `factor` (Chen et al., arXiv 2306.15595)."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        if not self.factor >= 1.0:
+            raise ValueError(f"the factor of linear RoPE scaling is {self.factor}; at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Llama3Scaling:
+    """Llama 3.1's scaling: long wavelengths divided by `factor`, short ones left, a ramp between.
+
+    A wavelength is long beyond original_max_position_embeddings / low_freq_factor tokens and short
+    below original_max_position_embeddings / high_freq_factor.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        ordered = 0.0 < self.low_freq_factor < self.high_freq_factor
+        if not (self.factor >= 1.0 and ordered and self.original_max_position_embeddings > 0):
+            raise ValueError(
+                f"{self} is not a llama3 RoPE scaling: factor is at least 1, low_freq_factor is "
+                "positive and below high_freq_factor, and the original length is positive"
+            )
+
+
+RopeScaling = LinearScaling | Llama3Scaling
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderConfig:
+    """Everything that decides what a decoder computes, and the ids of its special tokens."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    initializer_range: float = 0.02  # standard deviation of fresh weights
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()  # `eos_token_id` in the file: one id, or a list of them
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, limit in _LIMITS.items():
+            size = getattr(self, name)
+            if not 1 <= size <= limit:
+                raise ValueError(f"{name} is {size}; allowed are 1 to {limit}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}: query heads share them evenly"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; RoPE rotates halves, so it is even")
+        for name in ("rms_norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if not (value > 0.0 and math.isfinite(value)):
+                raise ValueError(f"{name} is {value}; it is a positive number")
+        if not 0.0 <= self.initializer_range <= 1.0:
+            raise ValueError(f"initializer_range is {self.initializer_range}; allowed are 0 to 1")
+        for token_id in (self.bos_token_id, self.pad_token_id, *self.eos_token_ids):
+            if token_id is not None and not 0 <= token_id < self.vocab_size:
+                raise ValueError(
+                    f"a special token has the id {token_id}, outside the vocabulary of "
+                    f"{self.vocab_size}; set it to null or to the right id"
+                )
+
+
+# Keys that say nothing about the computation of this decoder in this project.
+_WITHOUT_EFFECT = frozenset(
+    {
+        *("_attn_implementation_autoset", "_name_or_path", "architectures", "model_type"),
+        *("chunk_size_feed_forward", "max_length", "max_sequence_length", "pretraining_tp"),
+        *("dtype", "torch_dtype", "transformers_version", "unsloth_fixed", "unsloth_version"),
+        *("id2label", "label2id", "num_labels", "problem_type"),
+        *("output_attentions", "output_hidden_states", "return_dict", "use_cache"),
+    }
+)
+# Keys that would change the computation, and the one value of each that this decoder has.
+_REQUIRED = {
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "partial_rotary_factor": 1.0,
+    "is_encoder_decoder": False,
+}
+_ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
+
+
+def read_config(folder: Path) -> DecoderConfig:
+    """Read `folder`/config.json; ValueError names the key that is missing, wrong or unknown."""
+    path = Path(folder) / "config.json"
+    raw = read_json(path)
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    try:
+        return _parse(raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def write_config(
+    config: DecoderConfig,
+    folder: Path,
+    *,
+    architecture: str = "LlamaForCausalLM",
+    dtype: torch.dtype = torch.float32,
+    label_names: Sequence[str] = (),
+) -> None:
+    """Write `folder`/config.json for transformers 4 and 5; a classifier names its labels."""
+    raw: dict[str, Any] = {"architectures": [architecture], "model_type": "llama"}
+    raw |= {"hidden_act": "silu", "attention_dropout": 0.0}
+    raw |= asdict(config)
+    eos = raw.pop("eos_token_ids")
+    raw["eos_token_id"] = None if not eos else eos[0] if len(eos) == 1 else list(eos)
+    scaling: dict[str, Any] | None = None
+    if config.rope_scaling is not None:
+        kind = "linear" if isinstance(config.rope_scaling, LinearScaling) else "llama3"
+        scaling = {"rope_type": kind, **asdict(config.rope_scaling)}
+    raw["rope_scaling"] = scaling
+    raw["rope_parameters"] = {
+        "rope_theta": config.rope_theta,
+        **(scaling or {"rope_type": "default"}),
+    }
+    raw["dtype"] = raw["torch_dtype"] = str(dtype).removeprefix("torch.")
+    if label_names:
+        raw["id2label"] = {str(i): name for i, name in enumerate(label_names)}
+        raw["label2id"] = {name: i for i, name in enumerate(label_names)}
+    write_json(Path(folder) / "config.json", raw)
+
+
+def _parse(raw: dict[str, Any]) -> DecoderConfig:
+    _refuse_unknown(raw)
+    heads = _integer(raw, "num_attention_heads")
+    hidden_size = _integer(raw, "hidden_size")
+    if raw.get("head_dim") is None and (heads < 1 or hidden_size % heads):
+        raise ValueError(
+            f"hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}, and "
+            "head_dim is not given"
+        )
+    theta, scaling = _rope(raw)
+    return DecoderConfig(
+        vocab_size=_integer(raw, "vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=_integer(raw, "intermediate_size"),
+        num_hidden_layers=_integer(raw, "num_hidden_layers"),
+        num_attention_heads=heads,
+        # From here on the defaults are those of transformers.
+        num_key_value_heads=_integer(raw, "num_key_value_heads", heads),
+        head_dim=_integer(raw, "head_dim", hidden_size // heads if heads else None),
+        max_position_embeddings=_integer(raw, "max_position_embeddings", 2048),
+        rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tie_word_embeddings=_boolean(raw, "tie_word_embeddings"),
+        attention_bias=_boolean(raw, "attention_bias"),
+        mlp_bias=_boolean(raw, "mlp_bias"),
+        initializer_range=_number(raw, "initializer_range", 0.02),
+        bos_token_id=_token_id(raw.get("bos_token_id"), "bos_token_id"),
+        eos_token_ids=_token_ids(raw.get("eos_token_id"), "eos_token_id"),
+        pad_token_id=_token_id(raw.get("pad_token_id"), "pad_token_id"),
+    )
+
+
+def _refuse_unknown(raw: dict[str, Any]) -> None:
+    if raw.get("auto_map") is not None:
+        raise ValueError("auto_map asks for code that came with the checkpoint; none is ever run")
+    if raw.get("quantization_config") is not None:
+        raise ValueError("the checkpoint is quantised; use the original floating-point one")
+    model_type = raw.get("model_type")
+    if model_type != "llama":
+        raise ValueError(f"model_type is {model_type!r}; this decoder is 'llama'")
+    for key, allowed in _REQUIRED.items():
+        if raw.get(key) is not None and raw[key] != allowed:
+            raise ValueError(f"{key} is {raw[key]!r}; this decoder has {allowed!r} only")
+    honoured = {*DecoderConfig.__dataclass_fields__, "eos_token_id", *_ROPE_KEYS, *_REQUIRED}
+    honoured -= {"eos_token_ids"}
+    for key, value in raw.items():
+        # null and false switch a feature off: there is nothing to honour.
+        if key not in honoured | _WITHOUT_EFFECT and value is not None and value is not False:
+            raise ValueError(
+                f"the key {key!r} is unknown; remove it if it does not change the computation"
+            )
+
+
+def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    """theta and scaling, from transformers 4's two keys, transformers 5's one, or both agreeing."""
+    found = []
+    if raw.get("rope_parameters") is not None:
+        found.append(_rope_of("rope_parameters", raw["rope_parameters"], 10_000.0))
+    if raw.get("rope_theta") is not None or raw.get("rope_scaling") is not None or not found:
+        theta = _number(raw, "rope_theta", 10_000.0)
+        found.append(_rope_of("rope_scaling", raw.get("rope_scaling") or {}, theta))
+    if found[0] != found[-1]:
+        raise ValueError("rope_parameters contradicts rope_theta and rope_scaling; remove one side")
+    return found[0]
+
+
+def _rope_of(key: str, raw: Any, theta: float) -> tuple[float, RopeScaling | None]:
+    if not isinstance(raw, dict):
+        raise ValueError(f"{key} is {type(raw).__name__}, not an object")
+    raw = dict(raw)
+    theta = _number(raw, "rope_theta", theta)
+    kind = raw.get("rope_type", raw.get("type", "default"))
+    if raw.get("type", kind) != kind:
+        raise ValueError(f"{key} has both rope_type {kind!r} and type {raw['type']!r}")
+    for name in ("rope_theta", "rope_type", "type"):
+        raw.pop(name, None)
+    if raw.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"{key}: partial_rotary_factor is not 1; whole heads are rotated here")
+    scaling: RopeScaling | None
+    if kind == "default":
+        scaling, known = None, set()
+    elif kind == "linear":
+        scaling, known = LinearScaling(factor=_number(raw, "factor")), {"factor"}
+    elif kind == "llama3":
+        scaling = Llama3Scaling(
+            factor=_number(raw, "factor"),
+            low_freq_factor=_number(raw, "low_freq_factor"),
+            high_freq_factor=_number(raw, "high_freq_factor"),
+            original_max_position_embeddings=_integer(raw, "original_max_position_embeddings"),
+        )
+        known = set(Llama3Scaling.__dataclass_fields__)
+    else:
+        raise ValueError(f"{key} is of type {kind!r}; known are default, linear and llama3")
+    if unknown := sorted(set(raw) - known):
+        raise ValueError(f"{key} of type {kind!r} has the unknown key {unknown[0]!r}")
+    return theta, scaling
+
+
+def _integer(raw: dict[str, Any], key: str, default: int | None = None) -> int:
+    value = default if raw.get(key) is None else raw[key]
+    if type(value) is not int:  # a bool is an int to isinstance
+        found = "missing" if value is None else repr(value)[:40]
+        raise ValueError(f"{key} is {found}; it is a whole number")
+    return value
+
+
+def _number(raw: dict[str, Any], key: str, default: float | None = None) -> float:
+    value: Any = default if raw.get(key) is None else raw[key]
+    if type(value) not in (int, float) or not abs(value) < 1e300:
+        found = "missing" if value is None else repr(value)[:40]
+        raise ValueError(f"{key} is {found}; it is a number")
+    return float(value)
+
+
+def _boolean(raw: dict[str, Any], key: str) -> bool:
+    value = raw.get(key)
+    if value not in (None, True, False) or type(value) is int:
+        raise ValueError(f"{key} is {value!r}; it is true or false")
+    return bool(value)
+
+
+def _token_id(value: Any, key: str) -> int | None:
+    if value is None or (type(value) is int and value == -1):  # the first LLaMA files say -1
+        return None
+    if type(value) is not int:
+        raise ValueError(f"{key} is {value!r}; it is a token id or null")
+    return value
+
+
+def _token_ids(value: Any, key: str) -> tuple[int, ...]:
+    ids = [_token_id(item, key) for item in (value if isinstance(value, list) else [value])]
+    return tuple(item for item in ids if item is not None)

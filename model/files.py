@@ -1,0 +1,144 @@
+"""JSON and safetensors on disk: read with limits, written whole or not at all.
+
+The invariant: a final name never holds half a file. Everything is written beside its place, synced
+to the disk and renamed, so after a crash a reader finds the old content or the new. What a killed
+writer left behind bears a fixed name (`.NAME.partial`) that the next writer clears.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+MAX_JSON_BYTES = 64 << 20
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file; refuses duplicate keys, NaN, more than 64 MB and what is not JSON."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist or is not a file")
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise ValueError(f"{path} has {size:,} bytes; at most {MAX_JSON_BYTES:,} are read as JSON")
+    try:
+        return json.loads(
+            path.read_text(encoding="utf-8"),
+            object_pairs_hook=_unique_keys,
+            parse_constant=_no_constant,
+        )
+    except (ValueError, RecursionError) as error:
+        # The parser's own message may quote the file, which may be anything the user pointed at.
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise ValueError(f"{path} is not valid JSON: {reason}") from None
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key occurs twice in one object")
+    return found
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"the number {name} is not allowed")
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """Open a safetensors file for lazy reads; a damaged or missing one is a ValueError."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist or is not a file; restore it from where it came")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a complete safetensors file ({error}); copy or download it again"
+        ) from error
+
+
+def file_inside(folder: Path, name: str) -> Path:
+    """The path of a file of `folder`; a name or a link that leads out of it is a ValueError."""
+    if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
+        raise ValueError(f"{folder} names a file {name!r}; only plain file names are followed")
+    path = folder / name
+    if path.exists() and path.resolve().parent != folder.resolve():
+        raise ValueError(f"{path} is a link out of its folder; put the file itself there")
+    return path
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON, atomically and readable by the owner alone."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    _write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors of any device and layout, atomically and readable by the owner alone."""
+    on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Loaders of the Hugging Face family look for this entry.
+    header = {"format": "pt", **(metadata or {})}
+
+    def save(aside: Path) -> None:
+        try:
+            save_file(on_host, aside, header)
+        except SafetensorError as error:
+            raise OSError(f"writing {path} failed: {error}") from error
+
+    _write_whole(path, save)
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a new file beside `path`, then put that in the place of `path`."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.unlink(missing_ok=True)
+    try:
+        os.close(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        write(aside)
+        sync(aside)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `folder`; when the block ends well it becomes `folder`.
+
+    Files made with this module's writers are already synced. `folder` may not hold anything yet.
+    """
+    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+        raise ValueError(f"{folder} already exists; remove it or choose another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(f".{folder.name}.partial")
+    if aside.exists():
+        shutil.rmtree(aside)
+    aside.mkdir(mode=0o700)
+    try:
+        yield aside
+        sync(aside)
+        os.replace(aside, folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    sync(folder.parent)
+
+
+def sync(path: Path) -> None:
+    """Force a file's or a folder's content to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,160 @@
+"""What stands on the decoder: the language-model head, and the classifier of whole notes.
+
+Letters: M tokens of the stream, K supervised tokens, D width, V vocabulary, n segments (notes),
+C classes. A head's forward pass returns its loss as a sum and a denominator, because a step's loss
+is the sum over all micro-batches and ranks divided by their common denominator. The invariant:
+each note is scored on its own rows, and no tensor of all M x V logits exists in training.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kernels
+from model.batch import Segments, TokenBatch
+from model.config import DecoderConfig
+from model.decoder import Decoder
+
+IGNORE = -100  # the label of a token that is not scored, as in Hugging Face
+
+
+class Loss(NamedTuple):
+    loss_sum: Tensor  # scalar, float32 or wider
+    denominator: float  # what the sum is divided by, together with the other micro-batches'
+    aux: dict[str, Tensor]  # further terms of a network's own, by name
+
+
+def supervised_rows(labels: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+    """Which hidden rows are scored, and the token each of them has to predict.
+
+    Row i predicts token i + 1 of its own segment. A segment's first token has no row before it
+    and is never scored.
+
+    Args:
+        labels: [M] int64, each token's own id where it is scored and IGNORE elsewhere.
+
+    Returns:
+        rows [K] int64, targets [K] int64.
+    """
+    is_scored_M = labels != IGNORE
+    is_scored_M[torch.tensor(segments.offsets[:-1], device=labels.device)] = False
+    scored_K = is_scored_M.nonzero().squeeze(1)
+    return scored_K - 1, labels[scored_K]
+
+
+class CausalLM(nn.Module):
+    """The decoder with a language-model head, its own or the embedding's matrix (tied)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            # Not a `model.linear.Linear`: the loss reads the weight alone, so an adapter attached
+            # here would be passed over in silence.
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]."""
+        tied = self.config.tie_word_embeddings
+        return self.model.embed_tokens.weight if tied else self.lm_head.weight
+
+    def forward(
+        self,
+        batch: TokenBatch,
+        labels: Tensor,
+        *,
+        dropout_seed: int | None = None,
+        checkpoint_blocks: bool = False,
+    ) -> Loss:
+        """Cross-entropy of every scored token, summed.
+
+        Args:
+            labels: [M] int64 as in `supervised_rows`; left on the host, nothing waits for a GPU.
+        """
+        hidden_MD = self.model(
+            batch, dropout_seed=dropout_seed, checkpoint_blocks=checkpoint_blocks
+        )
+        rows, targets = supervised_rows(labels, batch.segments)
+        rows = rows.to(hidden_MD.device, non_blocking=True)
+        targets = targets.to(hidden_MD.device, non_blocking=True)
+        loss_sum = kernels.linear_cross_entropy(hidden_MD[rows], self.head_weight, targets)
+        return Loss(loss_sum, float(len(rows)), {})
+
+    def logits(self, batch: TokenBatch) -> Tensor:
+        """Logits [M, V] of every token, for small batches."""
+        return self.head_logits(self.model(batch))
+
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        """Logits [rows, V] of chosen hidden rows [rows, D]."""
+        return F.linear(hidden, self.head_weight.to(hidden.dtype))
+
+    @staticmethod
+    def denominator(batch: TokenBatch, labels: Tensor) -> float:
+        """The number of scored tokens, known before the forward pass; labels as there."""
+        return float(len(supervised_rows(labels, batch.segments)[0]))
+
+
+class SequenceClassifier(nn.Module):
+    """The decoder with a linear head on the last token of each note, which has seen all of it."""
+
+    def __init__(self, config: DecoderConfig, num_labels: int) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.score = nn.Linear(config.hidden_size, num_labels, bias=False)
+
+    def forward(
+        self,
+        batch: TokenBatch,
+        labels: Tensor,
+        *,
+        class_weights: Tensor | None = None,
+        dropout_seed: int | None = None,
+        checkpoint_blocks: bool = False,
+    ) -> Loss:
+        """Cross-entropy of each note's class, or binary cross-entropy of each of its labels.
+
+        Args:
+            labels: [n] int64, one class a note; or [n, C] floats in 0 to 1, several labels a note.
+                On the host, as are the class weights.
+            class_weights: [C], the weight of a note by its class; for one class a note only.
+        """
+        scores_nC = self.scores(
+            batch, dropout_seed=dropout_seed, checkpoint_blocks=checkpoint_blocks
+        )
+        denominator = self.denominator(labels, class_weights)
+        targets = labels.to(scores_nC.device, non_blocking=True)
+        if labels.is_floating_point():
+            loss_sum = F.binary_cross_entropy_with_logits(
+                scores_nC, targets.to(scores_nC.dtype), reduction="sum"
+            )
+        else:
+            weights = None if class_weights is None else class_weights.to(scores_nC)
+            loss_sum = F.cross_entropy(scores_nC, targets, weight=weights, reduction="sum")
+        return Loss(loss_sum, denominator, {})
+
+    def scores(
+        self,
+        batch: TokenBatch,
+        *,
+        dropout_seed: int | None = None,
+        checkpoint_blocks: bool = False,
+    ) -> Tensor:
+        """Logits [n, C] of every note, float32 or wider."""
+        hidden_MD = self.model(
+            batch, dropout_seed=dropout_seed, checkpoint_blocks=checkpoint_blocks
+        )
+        last_nD = hidden_MD[batch.segments.cu_seqlens[1:] - 1]
+        wide = torch.promote_types(last_nD.dtype, torch.float32)
+        return F.linear(last_nD.to(wide), self.score.weight.to(wide))
+
+    @staticmethod
+    def denominator(labels: Tensor, class_weights: Tensor | None = None) -> float:
+        """Sum of the notes' class weights (the number of notes without), or notes x labels."""
+        if labels.is_floating_point() or class_weights is None:
+            return float(labels.numel())
+        return float(class_weights.double()[labels].sum())
