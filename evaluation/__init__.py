@@ -1,0 +1,1 @@
+"""What a finished run is worth: metrics with intervals, perplexity, and the files that say so."""
