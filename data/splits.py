@@ -1,0 +1,168 @@
+"""Which notes train, validate and test: a function of the patient, or of the text without one.
+
+MD5 of the patient's identifier (of the text where a source has no patients), read as one number,
+modulo 10 is the bucket: 0 tests, 1 validates, the rest trains. So a patient is on one side in every
+table, run and machine, without a seed or a stored list; lists of patients can take its place. A
+held-out note whose text also occurs in training says nothing about new notes and is left out.
+
+Invariant: the three sets are disjoint, and no patient and no text of training is in another set.
+"""
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data.cache import TokenCache, digest
+
+TRAIN, VALIDATION, TEST = 0, 1, 2
+UNLISTED = 3  # in no list: used nowhere
+
+_LIST_FILES = {
+    TRAIN: ("train.csv",),
+    VALIDATION: ("validation.csv", "val.csv"),
+    TEST: ("test.csv",),
+}
+
+
+class Splits(NamedTuple):
+    """Rows of a cache by use, ascending (uint32), and what was left out."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+    validation_duplicates: int  # held-out notes left out because their text is in training
+    test_duplicates: int
+    unlisted: int  # notes of patients in none of the lists
+    rule: str  # one line for people
+
+
+def split_notes(
+    cache: TokenCache, *, lists: str | Path | None = None, test_share: float = 0.1
+) -> Splits:
+    """Splits the notes of a cache by patient lists, by patient, or by text, in this order.
+
+    `lists` is a folder with train.csv, validation.csv (or val.csv) and test.csv, each one column of
+    patient identifiers under a header. `test_share` is in tenths, 0.1 to 0.8; bucket 0 tests, then
+    9, 8 and so on. Raises ValueError for lists that overlap or match no patient.
+    """
+    if lists is not None:
+        if cache.patient_digests is None:
+            raise ValueError(
+                f"{cache.description}: split lists name patients, but these notes have none; name "
+                f"their column with --patient-column, or leave --splits out"
+            )
+        use = _listed_use(cache, Path(lists))
+        rule = f"by the patient lists in {lists}"
+    else:
+        by_patient = cache.patient_digests is not None
+        use = bucket_use(test_share)[
+            buckets(cache.patient_digests if by_patient else cache.text_digests)
+        ]
+        rule = f"by {'patient' if by_patient else 'text'}, md5 modulo 10, test share {test_share:g}"
+    train, validation, test, unlisted = (
+        np.flatnonzero(use == part).astype(np.uint32)
+        for part in (TRAIN, VALIDATION, TEST, UNLISTED)
+    )
+    training_texts = np.sort(cache.text_digests[train])
+    kept_validation = _absent(cache.text_digests, validation, training_texts)
+    kept_test = _absent(cache.text_digests, test, training_texts)
+    return Splits(
+        train,
+        kept_validation,
+        kept_test,
+        len(validation) - len(kept_validation),
+        len(test) - len(kept_test),
+        len(unlisted),
+        rule,
+    )
+
+
+def buckets(digests: np.ndarray) -> np.ndarray:
+    """`int(md5, 16) % 10` of each digest: S16 [N] -> uint8 [N], exactly.
+
+    With the digest as high * 2**64 + low, and 2**64 = 6 modulo 10.
+    """
+    halves = np.frombuffer(digests.tobytes(), ">u8").reshape(-1, 2)
+    return ((halves[:, 0] % 10 * 6 + halves[:, 1] % 10) % 10).astype(np.uint8)
+
+
+def bucket_use(test_share: float) -> np.ndarray:
+    """What each of the ten buckets is for: uint8 [10] of TRAIN, VALIDATION and TEST."""
+    tenths = round(test_share * 10)
+    if not 1 <= tenths <= 8 or abs(tenths - test_share * 10) > 1e-9:
+        raise ValueError(f"test share is {test_share}; allowed: 0.1 to 0.8 in steps of 0.1")
+    use = np.full(10, TRAIN, np.uint8)
+    use[1] = VALIDATION
+    use[[-i % 10 for i in range(tenths)]] = TEST
+    return use
+
+
+def patient_groups(cache: TokenCache, notes: np.ndarray) -> np.ndarray:
+    """One number per patient for each note, 0 and up: int64 [n]; per text without patients.
+
+    Intervals resample these groups, since notes of one patient are not independent.
+    """
+    digests = cache.text_digests if cache.patient_digests is None else cache.patient_digests
+    return np.unique(digests[notes], return_inverse=True)[1].astype(np.int64)
+
+
+def _absent(digests: np.ndarray, notes: np.ndarray, sorted_digests: np.ndarray) -> np.ndarray:
+    """The notes whose digest is not among the sorted ones."""
+    return notes[~_contained(digests[notes], sorted_digests)]
+
+
+def _contained(digests: np.ndarray, sorted_digests: np.ndarray) -> np.ndarray:
+    if not len(sorted_digests):
+        return np.zeros(len(digests), bool)
+    at = np.searchsorted(sorted_digests, digests)
+    at[at == len(sorted_digests)] = 0
+    return sorted_digests[at] == digests
+
+
+def _listed_use(cache: TokenCache, folder: Path) -> np.ndarray:
+    """What each note is for by its patient's list: uint8 [N]."""
+    assert cache.patient_digests is not None
+    patients = {part: _read_list(folder, names) for part, names in _LIST_FILES.items()}
+    for first, second in ((TRAIN, VALIDATION), (TRAIN, TEST), (VALIDATION, TEST)):
+        both = int(_contained(patients[first], patients[second]).sum())
+        if both:
+            raise ValueError(
+                f"{folder}: {both} patients are both in {_LIST_FILES[first][0]} and in "
+                f"{_LIST_FILES[second][0]}; a patient may be in one list only"
+            )
+    use = np.full(len(cache), UNLISTED, np.uint8)
+    for part, listed in patients.items():
+        use[_contained(np.asarray(cache.patient_digests), listed)] = part
+    if (use == UNLISTED).all():
+        raise ValueError(
+            f"{folder}: none of the listed patients has a note in {cache.description}; the lists "
+            f"must hold the values of the patient column, written the same way"
+        )
+    return use
+
+
+def _read_list(folder: Path, names: Iterable[str]) -> np.ndarray:
+    """Digests of the patients of one list, sorted, each once: S16 [n]."""
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if len(found) != 1:
+        raise ValueError(
+            f"{folder}: {'none' if not found else 'more than one'} of {', '.join(names)} is there; "
+            f"train.csv, validation.csv and test.csv are needed, once each"
+        )
+    path = found[0]
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = [row for row in csv.reader(file, strict=True) if row]
+    except (csv.Error, UnicodeDecodeError):
+        raise ValueError(f"{path}: not CSV in UTF-8; write the list again") from None
+    if not rows or any(len(row) != 1 for row in rows):
+        raise ValueError(
+            f"{path}: one column of patient identifiers under a header is expected; found "
+            f"{'an empty file' if not rows else 'rows with more columns'}"
+        )
+    if rows[0][0].isdecimal():
+        raise ValueError(f"{path}: the first line is a number, not a header; add a header line")
+    return np.unique(np.array([digest(row[0]) for row in rows[1:]], "S16"))
