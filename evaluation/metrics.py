@@ -124,6 +124,15 @@ def classification_metrics(
     return metrics
 
 
+def headline_metrics(
+    labels: NDArray[Any], logits: NDArray[Any], label_names: Sequence[str]
+) -> dict[str, float]:
+    """Return accuracy, F1 and AUROC, those that are defined: what a run shows while it trains."""
+    metrics = classification_metrics(labels, logits, label_names)
+    names = ("accuracy", "f1", "auroc")
+    return {name: metrics[name] for name in names if metrics[name] is not None}
+
+
 class Comparison(NamedTuple):
     """One class or label against others, on the notes that have either."""
 
