@@ -22,8 +22,7 @@ find_python() {
 
 # set_up EXTRAS: installs once; again only when pyproject.toml or the place of the checkout has changed.
 set_up() {
-    local extras=$1 stamp=.venv/.installed-${1:-core} python
-    local wanted
+    local extras=$1 stamp=.venv/.installed-$1 python wanted
     wanted="$(cksum <pyproject.toml) $PWD"
     if [[ -f $stamp && $(<"$stamp") == "$wanted" ]]; then
         return
@@ -38,7 +37,7 @@ set_up() {
     local pip=("$python" -m pip --python .venv/bin/python --disable-pip-version-check)
     # The exact version at the upper end of the range first: see docs/decisions.md.
     "${pip[@]}" install --quiet torch==2.13.0
-    "${pip[@]}" install --quiet --editable ".${extras:+[$extras]}"
+    "${pip[@]}" install --quiet --editable ".[$extras]"
     echo "$wanted" >"$stamp"
 }
 
@@ -49,7 +48,7 @@ show() {
 
 case "${1:-}" in
     demo)
-        set_up ""
+        set_up mimic
         python=.venv/bin/python
         show $python train.py --stage clinical --out runs/demo/clinical --overwrite
         show $python train.py --stage downstream --task mor --init-adapter runs/demo/clinical --out runs/demo/downstream --overwrite
