@@ -7,7 +7,8 @@ refused before the model is touched.
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 
@@ -15,7 +16,8 @@ from lora.adapter import LoraAdapter
 from lora.config import LoraConfig, name_matches, pattern_matches
 from model.linear import Linear
 
-# An output layer is trained whole or not at all: its loss reads its weight without its adapters.
+# Heads are trained whole or not at all and are no `model.linear.Linear`; a target that selects one
+# would otherwise be passed over in silence.
 HEADS = ("lm_head", "score")
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -29,24 +31,10 @@ def attach(
     A new adapter changes no output. Base weights keep the `requires_grad` they had.
 
     Raises:
-        ValueError: the name is taken or unusable; a target, or the key of a pattern, fits no layer.
+        ValueError: the name is taken or unusable; or as in `targeted_layers`.
     """
     _check_new_name(model, name)
     layers = targeted_layers(model, config)
-    targets = config.target_modules
-    for target in targets if isinstance(targets, tuple) else ():
-        if not any(name_matches(target, layer) for layer in layers):
-            raise ValueError(_unmatched(target, model))
-    if not layers:
-        assert isinstance(targets, str)
-        raise ValueError(_unmatched_pattern(targets, model))
-    for setting in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, setting):
-            if not any(pattern_matches(pattern, layer) for layer in layers):
-                raise ValueError(
-                    f"{setting}: {pattern!r} fits none of the {len(layers)} adapted layers, "
-                    f"such as {next(iter(layers))!r}; correct it or leave it out"
-                )
     for layer_name, layer in layers.items():
         adapter = LoraAdapter(
             config,
@@ -66,6 +54,19 @@ def detach(model: nn.Module, name: str) -> None:
     for layer in _linear_layers(model).values():
         if name in layer.adapters:
             del layer.adapters[name]
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Run the block with every slot empty: the base alone."""
+    slots = {layer: layer.adapters for layer in _linear_layers(model).values()}
+    for layer in slots:
+        layer.adapters = nn.ModuleDict()
+    try:
+        yield
+    finally:
+        for layer, adapters in slots.items():
+            layer.adapters = adapters
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -139,16 +140,30 @@ def targeted_layers(model: nn.Module, config: LoraConfig) -> dict[str, Linear]:
     """The linear layers of the model that `config` selects, by full name.
 
     Raises:
-        ValueError: the head is selected by name or by pattern.
+        ValueError: a target, or the key of a pattern, fits no layer; a target is the head.
     """
     heads = [head for head in HEADS if config.targets(head)]
+    targets = config.target_modules
     if heads and not config.is_all_linear:
         raise ValueError(
-            f"target_modules: {config.target_modules!r} selects the head {heads[0]!r}, which is "
-            "trained whole instead of by an adapter; leave it out"
+            f"target_modules: {targets!r} selects the head {heads[0]!r}, which is trained whole "
+            "instead of by an adapter; leave it out"
         )
-    layers = _adaptable_layers(model)
-    return {name: layer for name, layer in layers.items() if config.targets(name)}
+    layers = {name: layer for name, layer in _linear_layers(model).items() if config.targets(name)}
+    for target in targets if isinstance(targets, tuple) else ():
+        if not any(name_matches(target, layer) for layer in layers):
+            raise ValueError(_unmatched(target, model))
+    if not layers:
+        assert isinstance(targets, str)
+        raise ValueError(_unmatched_pattern(targets, model))
+    for setting in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, setting):
+            if not any(pattern_matches(pattern, layer) for layer in layers):
+                raise ValueError(
+                    f"{setting}: {pattern!r} fits none of the {len(layers)} adapted layers, "
+                    f"such as {next(iter(layers))!r}; correct it or leave it out"
+                )
+    return layers
 
 
 def check_attached(model: nn.Module, name: str) -> None:
@@ -193,10 +208,6 @@ def _linear_layers(model: nn.Module) -> dict[str, Linear]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
 
 
-def _adaptable_layers(model: nn.Module) -> dict[str, Linear]:
-    return {name: layer for name, layer in _linear_layers(model).items() if name not in HEADS}
-
-
 def _check_new_name(model: nn.Module, name: str) -> None:
     """An adapter's name is a key of a ModuleDict and the name of a folder."""
     if not _ADAPTER_NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
@@ -211,7 +222,7 @@ def _check_new_name(model: nn.Module, name: str) -> None:
 
 
 def _unmatched(target: str, model: nn.Module) -> str:
-    layers = _adaptable_layers(model)
+    layers = _linear_layers(model)
     if any(name_matches(target, layer) for layer in layers):
         return f"exclude_modules leaves nothing of the target module {target!r}"
     names = dict.fromkeys([*(name.rpartition(".")[2] for name in layers), *layers])
@@ -223,7 +234,7 @@ def _unmatched(target: str, model: nn.Module) -> str:
 
 
 def _unmatched_pattern(pattern: str, model: nn.Module) -> str:
-    layers = list(_adaptable_layers(model))
+    layers = list(_linear_layers(model))
     if pattern in {name.rpartition(".")[2] for name in layers}:
         return (
             f"target_modules: the string {pattern!r} is a regular expression for a layer's whole "

@@ -89,9 +89,13 @@ class LoraConfig:
 
     def targets(self, layer: str) -> bool:
         """Whether the linear layer of this full name gets an update (heads: see `lora.attach`)."""
-        if _selects(self.exclude_modules, layer) or _selects(self.modules_to_save, layer):
+        if self.excludes(layer):
             return False
         return self.is_all_linear or _selects(self.target_modules, layer)
+
+    def excludes(self, module: str) -> bool:
+        """Whether the module of this full name is left out, whatever `target_modules` says."""
+        return _selects(self.exclude_modules, module) or _selects(self.modules_to_save, module)
 
     @property
     def is_all_linear(self) -> bool:

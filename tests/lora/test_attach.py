@@ -44,7 +44,7 @@ class Toy(nn.Module):
         super().__init__()
         self.model = nn.Module()
         self.model.layers = nn.ModuleList([Block(), Block()])
-        self.lm_head = Linear(8, 16)
+        self.lm_head = nn.Linear(8, 16, bias=False)
         generator = torch.Generator().manual_seed(0)
         for parameter in self.parameters():
             nn.init.normal_(parameter, generator=generator)
