@@ -7,8 +7,8 @@ reference itself runs: plain torch whose backward passes are written out by hand
 from kernels.reference import (
     LinearOperands,
     LowRank,
-    attention,
     dropout,
+    keep_mask,
     linear_cross_entropy,
     lora_linear,
     rms_norm,
@@ -23,8 +23,8 @@ __version__ = "0.0.0"
 __all__ = [
     "LinearOperands",
     "LowRank",
-    "attention",
     "dropout",
+    "keep_mask",
     "linear_cross_entropy",
     "lora_linear",
     "rms_norm",

@@ -1,8 +1,7 @@
 """The contract of every operation, in plain torch with the backward passes written out.
 
 Letters: M rows (the tokens of a micro-batch, flattened), D width, K input width, N output width or
-query heads, G key-value heads, H head width, F feed-forward width, V vocabulary, R rank, B segments
-of one length, T tokens of a segment.
+query heads, G key-value heads, H head width, F feed-forward width, V vocabulary, R rank.
 
 The invariant: a result is a function of its arguments alone. Randomness comes in as integer keys
 (`row_keys`), so the same token of the same sample is dropped in the same places after a resume, on
@@ -27,9 +26,10 @@ _MIX_2 = 0x846CA68B - 2**32
 _GOLDEN = 0x9E3779B9 - 2**32
 
 
-def _shift_right(bits: Tensor, count: int) -> Tensor:
+def _shift_right(bits: Tensor, count: int, out: Tensor | None = None) -> Tensor:
     """Logical right shift of int32 (torch's own shift copies the sign bit)."""
-    return (bits >> count).bitwise_and_((1 << (32 - count)) - 1)
+    shifted = torch.bitwise_right_shift(bits, count, out=out)
+    return shifted.bitwise_and_((1 << (32 - count)) - 1)
 
 
 def _mix(bits: Tensor) -> Tensor:
@@ -61,37 +61,55 @@ def row_keys(seed: int, sample_ids: Tensor, positions: Tensor) -> Tensor:
     return keys
 
 
+# Counters hashed at a time on a CPU: the few passes of the hash then stay in a core's cache.
+_HASH_BLOCK = 1 << 16
+
+
 def keep_mask(keys: Tensor, width: int, p: float, site: int) -> Tensor:
     """Which of `width` columns of each row survive dropout: [M, width] bool, each with 1 - p.
+
+    A row's key and a column's key are combined and hashed; each 32-bit hash decides two columns,
+    its low half the even and its high half the odd one, so p is rounded to a multiple of 2^-16.
 
     Args:
         keys: [M] int32 from `row_keys`.
         site: which dropout of the network this is; different sites draw independently.
     """
-    site_keys_M = _mix((keys + _GOLDEN).bitwise_xor_(_low_word(site)))
-    columns = torch.arange(width, dtype=torch.int32, device=keys.device) * _GOLDEN
-    bits_MK = _mix(site_keys_M[:, None].bitwise_xor(columns))
-    return bits_MK >= round(p * 2**32) - 2**31
+    pairs = (width + 1) // 2
+    row_keys_M = _mix((keys + _GOLDEN).bitwise_xor_(_low_word(site)))
+    counters = torch.arange(pairs, dtype=torch.int32, device=keys.device)
+    column_keys = _mix(counters.mul_(_GOLDEN).add_(_low_word(site * _GOLDEN)))
+    threshold = round(p * 2**16) - 2**15
+    keep = torch.empty(len(keys), width, dtype=torch.bool, device=keys.device)
+    block = len(keys) if keys.is_cuda else max(1, _HASH_BLOCK // pairs)
+    shifted = torch.empty(min(block, len(keys)), pairs, dtype=torch.int32, device=keys.device)
+    for start in range(0, len(keys), block):
+        bits = row_keys_M[start : start + block, None].bitwise_xor(column_keys)
+        spare = shifted[: len(bits)]
+        bits.mul_(_MIX_1).bitwise_xor_(_shift_right(bits, 15, spare)).mul_(_MIX_2)
+        bits.bitwise_xor_(_shift_right(bits, 16, spare))
+        halves = bits.view(torch.int16)[:, :width]
+        torch.ge(halves, threshold, out=keep[start : start + block])
+    return keep
 
 
-def _drop(x: Tensor, keys: Tensor, p: float, site: int) -> Tensor:
-    """Zero what the mask drops and scale what it keeps by 1 / (1 - p)."""
-    return x * keep_mask(keys, x.shape[-1], p, site).to(x.dtype).mul_(1 / (1 - p))
+def _kept_scale(p: float) -> float:
+    """What a surviving value is multiplied by: 1 / (1 - p) for the p that the mask really has."""
+    return 1 / (1 - round(p * 2**16) / 2**16)
 
 
 class _Dropout(torch.autograd.Function):
-    """The mask is drawn again in the backward pass instead of being kept."""
-
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float, keys: Tensor, site: int) -> Tensor:
-        ctx.save_for_backward(keys)
-        ctx.p, ctx.site = p, site
-        return _drop(x, keys, p, site)
+        keep = keep_mask(keys, x.shape[-1], p, site)
+        ctx.save_for_backward(keep)
+        ctx.scale = _kept_scale(p)
+        return torch.where(keep, x, 0).mul_(ctx.scale)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
-        (keys,) = ctx.saved_tensors
-        return _drop(dy, keys, ctx.p, ctx.site), None, None, None
+        (keep,) = ctx.saved_tensors
+        return torch.where(keep, dy, 0).mul_(ctx.scale), None, None, None
 
 
 def dropout(x: Tensor, p: float, keys: Tensor | None, site: int) -> Tensor:
@@ -153,9 +171,7 @@ def _rotate(x_MNH: Tensor, cos_M1h: Tensor, sin_M1h: Tensor) -> Tensor:
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
         cos, sin = cos[:, None].to(q.dtype), sin[:, None].to(q.dtype)
         return _rotate(q, cos, sin), _rotate(k, cos, sin)
@@ -221,11 +237,11 @@ class LinearOperands(NamedTuple):
 
 
 class _Update(NamedTuple):
-    """What is not a tensor of one low-rank update: its layer, its columns of S, and its numbers."""
+    """What is not a tensor of one low-rank update."""
 
-    layer: int
-    columns: slice
-    scaling: float
+    layer: int  # which layer's output it is added to
+    columns: slice  # its part of S
+    scaling: float  # with the factor 1 / (1 - p) of its dropout, so that masks need none
     dropout: float
     site: int
 
@@ -233,8 +249,8 @@ class _Update(NamedTuple):
 class _LoraLinear(torch.autograd.Function):
     """All layers that read one input, with all their adapters.
 
-    Saved: x, the weights, and S = dropout(x) A^T, which is rank-sized. Dropped inputs are drawn
-    again. Arguments after `keys` are the layers' weights and biases, then each update's A and B.
+    Saved: x, the weights, S = dropout(x) A^T, which is rank-sized, and one byte per dropped
+    element. Arguments after `keys` are the layers' weights and biases, then each update's A and B.
     """
 
     @staticmethod
@@ -246,35 +262,39 @@ class _LoraLinear(torch.autograd.Function):
         keys: Tensor | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        dtype = x.dtype
-        weights = [tensors[2 * i] for i in range(num_layers)]
-        biases = [tensors[2 * i + 1] for i in range(num_layers)]
-        factors = tensors[2 * num_layers :]
+        dtype, width = x.dtype, x.shape[1]
+        layers = zip(tensors[: 2 * num_layers : 2], tensors[1 : 2 * num_layers : 2], strict=True)
         outputs = tuple(
             torch.nn.functional.linear(
-                x, weight.to(dtype), None if bias is None else bias.to(dtype)
+                x, weight.to(dtype), bias if bias is None else bias.to(dtype)
             )
-            for weight, bias in zip(weights, biases, strict=True)
+            for weight, bias in layers
+        )
+        masks = tuple(
+            keep_mask(keys, width, update.dropout, update.site) if update.dropout else None
+            for update in updates
         )
         s = None
         if updates:
-            s = _shared_down_projection(x, keys, updates, factors)
-            for update, b in zip(updates, factors[1::2], strict=True):
+            down, up = tensors[2 * num_layers :: 2], tensors[2 * num_layers + 1 :: 2]
+            s = _down_projections(x, updates, masks, down)
+            for update, b in zip(updates, up, strict=True):
                 outputs[update.layer].addmm_(
                     s[:, update.columns], b.to(dtype).T, alpha=update.scaling
                 )
         ctx.num_layers, ctx.updates = num_layers, updates
-        # The weight is needed for dx, its dtype for its own gradient; a bias only for its dtype.
-        ctx.save_for_backward(x, keys, s, *tensors)
+        ctx.save_for_backward(x, s, *masks, *tensors)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *douts: Tensor) -> tuple[Tensor | None, ...]:
-        x, keys, s, *tensors = ctx.saved_tensors
         updates: tuple[_Update, ...] = ctx.updates
+        x, s, *saved = ctx.saved_tensors
+        masks, tensors = saved[: len(updates)], saved[len(updates) :]
         needs_x, needs = ctx.needs_input_grad[2], ctx.needs_input_grad[4:]
-        dtype, base = x.dtype, 2 * ctx.num_layers
+        dtype, first = x.dtype, 2 * ctx.num_layers
         grads: list[Tensor | None] = [None] * len(tensors)
+
         dx: Tensor | None = None
         for i, dy in enumerate(douts):
             weight, bias = tensors[2 * i], tensors[2 * i + 1]
@@ -284,65 +304,56 @@ class _LoraLinear(torch.autograd.Function):
             if needs[2 * i]:
                 grads[2 * i] = (dy.T @ x).to(weight.dtype)
             if needs[2 * i + 1]:
-                grads[2 * i + 1] = dy.sum(0, dtype=bias.dtype)
+                grads[2 * i + 1] = dy.sum(0).to(bias.dtype)
         if not updates:
             return None, None, dx, None, *grads
 
+        down, up = tensors[first::2], tensors[first + 1 :: 2]
         ds = torch.empty_like(s)
         for u, update in enumerate(updates):
-            b, dy = tensors[base + 2 * u + 1], douts[update.layer]
-            torch.mm(dy, b.to(dtype), out=ds[:, update.columns])
-            if needs[base + 2 * u + 1]:
-                db = dy.T @ s[:, update.columns]
-                grads[base + 2 * u + 1] = db.mul_(update.scaling).to(b.dtype)
-        scalings = [u.scaling for u in updates]
-        if len(set(scalings)) == 1:
-            ds.mul_(scalings[0])
-        else:
-            for update in updates:
-                ds[:, update.columns].mul_(update.scaling)
-
-        if _is_shared(updates, keys):
-            a = _stacked([tensors[base + 2 * u] for u in range(len(updates))], dtype)
-            if any(needs[base + 2 * u] for u in range(len(updates))):
+            dy = douts[update.layer]
+            torch.mm(dy, up[u].to(dtype), out=ds[:, update.columns])
+            ds[:, update.columns].mul_(update.scaling)
+            if needs[first + 2 * u + 1]:
+                db = (dy.T @ s[:, update.columns]).mul_(update.scaling)
+                grads[first + 2 * u + 1] = db.to(up[u].dtype)
+        if all(mask is None for mask in masks):
+            # Every update reads the same x: one product serves all of them.
+            if any(needs[first::2]):
                 da = ds.T @ x
                 for u, update in enumerate(updates):
-                    if needs[base + 2 * u]:
-                        grads[base + 2 * u] = da[update.columns].to(tensors[base + 2 * u].dtype)
+                    grads[first + 2 * u] = da[update.columns].to(down[u].dtype)
             if needs_x:
-                dx.addmm_(ds, a)
-        else:
-            for u, update in enumerate(updates):
-                a, ds_u = tensors[base + 2 * u], ds[:, update.columns]
-                drops = update.dropout > 0.0
-                if needs[base + 2 * u]:
-                    dropped = _drop(x, keys, update.dropout, update.site) if drops else x
-                    grads[base + 2 * u] = (ds_u.T @ dropped).to(a.dtype)
-                if needs_x:
-                    through = ds_u @ a.to(dtype)
-                    dx += _drop(through, keys, update.dropout, update.site) if drops else through
+                dx.addmm_(ds, _stacked(down, dtype))
+            return None, None, dx, None, *grads
+
+        for u, (update, mask, a) in enumerate(zip(updates, masks, down, strict=True)):
+            ds_MR = ds[:, update.columns]
+            if needs[first + 2 * u]:
+                dropped = x if mask is None else torch.where(mask, x, 0)
+                grads[first + 2 * u] = (ds_MR.T @ dropped).to(a.dtype)
+            if needs_x:
+                through = ds_MR @ a.to(dtype)
+                dx += through if mask is None else torch.where(mask, through, 0)
         return None, None, dx, None, *grads
 
 
-def _is_shared(updates: Sequence[_Update], keys: Tensor | None) -> bool:
-    """Whether every update reads the same x, so that one product serves all of them."""
-    return keys is None or all(update.dropout == 0.0 for update in updates)
-
-
 def _stacked(matrices: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    return (matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))).to(dtype)
+    return (matrices[0] if len(matrices) == 1 else torch.cat(tuple(matrices))).to(dtype)
 
 
-def _shared_down_projection(
-    x: Tensor, keys: Tensor | None, updates: Sequence[_Update], factors: Sequence[Tensor]
+def _down_projections(
+    x: Tensor,
+    updates: Sequence[_Update],
+    masks: Sequence[Tensor | None],
+    down: Sequence[Tensor],
 ) -> Tensor:
-    """S [M, sum of ranks]: each update's dropout(x) A^T in its own columns."""
-    down = factors[0::2]
-    if _is_shared(updates, keys):
+    """S [M, sum of ranks]: each update's masked x times A^T, in its own columns."""
+    if all(mask is None for mask in masks):
         return x @ _stacked(down, x.dtype).T
     s = x.new_empty(x.shape[0], updates[-1].columns.stop)
-    for update, a in zip(updates, down, strict=True):
-        dropped = x if update.dropout == 0.0 else _drop(x, keys, update.dropout, update.site)
+    for update, mask, a in zip(updates, masks, down, strict=True):
+        dropped = x if mask is None else torch.where(mask, x, 0)
         torch.mm(dropped, a.to(x.dtype).T, out=s[:, update.columns])
     return s
 
@@ -371,83 +382,12 @@ def lora_linear(
     for i, layer in enumerate(layers):
         for adapter in layer.adapters:
             columns = slice(start, start + adapter.A.shape[0])
-            updates.append(_Update(i, columns, adapter.scaling, adapter.dropout, adapter.site))
+            p = 0.0 if dropout_keys is None else adapter.dropout
+            scaling = adapter.scaling * _kept_scale(p)
+            updates.append(_Update(i, columns, scaling, p, adapter.site))
             tensors += (adapter.A, adapter.B)
             start = columns.stop
     return _LoraLinear.apply(len(layers), tuple(updates), x, dropout_keys, *tensors)
-
-
-# --- attention ----------------------------------------------------------------------------------
-
-# Rows of queries handled at a time. A block's scores stay in a core's cache, and keys after the
-# block's last query are never touched, so the work is that of the causal half.
-_QUERY_BLOCK = 64
-
-
-def _block_scores(q_block: Tensor, k: Tensor, start: int, stop: int, n: int) -> Tensor:
-    """Scores of queries start to stop against keys 0 to stop, future keys at -inf."""
-    scores = torch.bmm(q_block, k[:, :stop].mT)
-    size = stop - start
-    future = torch.ones(size, size, dtype=torch.bool, device=scores.device).triu_(1)
-    scores[:, :, start:stop].masked_fill_(future.repeat_interleave(n, 0), float("-inf"))
-    return scores
-
-
-class _CausalAttention(torch.autograd.Function):
-    """Block by block over the queries; probabilities are computed again in the backward pass.
-
-    Works on q [Z, T * n, H] and k, v [Z, T, H] where Z counts (segment, key-value head) pairs and
-    the n query heads of a key-value head stand beside each other at every position.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        length, n = k.shape[1], q.shape[1] // k.shape[1]
-        q = q * scale
-        out = torch.empty_like(q)
-        for start in range(0, length, _QUERY_BLOCK):
-            stop = min(start + _QUERY_BLOCK, length)
-            rows = slice(start * n, stop * n)
-            p = _block_scores(q[:, rows], k, start, stop, n).softmax(-1)
-            torch.bmm(p, v[:, :stop], out=out[:, rows])
-        ctx.save_for_backward(q, k, v, out)
-        ctx.scale = scale
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        q, k, v, out = ctx.saved_tensors
-        length, n = k.shape[1], q.shape[1] // k.shape[1]
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        # d scores = p * (dp - sum(dout * out)), Dao et al. 2022 (arXiv 2205.14135), eq. 4.
-        delta = torch.linalg.vecdot(dout, out)[..., None]
-        for start in range(0, length, _QUERY_BLOCK):
-            stop = min(start + _QUERY_BLOCK, length)
-            rows = slice(start * n, stop * n)
-            p = _block_scores(q[:, rows], k, start, stop, n).softmax(-1)
-            dv[:, :stop].baddbmm_(p.mT, dout[:, rows])
-            ds = torch.bmm(dout[:, rows], v[:, :stop].mT).sub_(delta[:, rows]).mul_(p)
-            torch.bmm(ds, k[:, :stop], out=dq[:, rows])
-            dk[:, :stop].baddbmm_(ds.mT, q[:, rows])
-        return dq.mul_(ctx.scale), dk, dv, None
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention of equally long segments: softmax(scale q k^T) v, each query on its past.
-
-    Args:
-        q: [B, T, N, H]; k, v: [B, T, G, H] with N a multiple of G (grouped queries, Ainslie et
-            al., arXiv 2305.13245: query head i reads key-value head i // (N / G)).
-
-    Returns:
-        [B, T, N, H].
-    """
-    b, t, n, h = q.shape
-    g = k.shape[2]
-    q_ZTH = q.view(b, t, g, n // g, h).permute(0, 2, 1, 3, 4).reshape(b * g, -1, h)
-    k_ZTH, v_ZTH = (x.transpose(1, 2).reshape(b * g, t, h) for x in (k, v))
-    out = _CausalAttention.apply(q_ZTH, k_ZTH, v_ZTH, scale)
-    return out.view(b, g, t, n // g, h).permute(0, 2, 1, 3, 4).reshape(b, t, n, h)
 
 
 # --- the head and its loss ----------------------------------------------------------------------
@@ -468,21 +408,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dw = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         loss_sum = x.new_zeros((), dtype=wide)
         step = max(1, _CHUNK_ELEMENTS // vocabulary)
+        # One buffer for every chunk: fresh memory of this size costs more than the product.
+        buffer = x.new_empty(min(step, rows), vocabulary)
         for start in range(0, rows, step):
             x_CD, target_C1 = x[start : start + step], targets[start : start + step, None]
-            logits_CV = (x_CD @ w.T).to(wide)
-            lse_C1 = torch.logsumexp(logits_CV, dim=-1, keepdim=True)
-            loss_sum += (lse_C1 - logits_CV.gather(1, target_C1)).sum()
-            if dx is None and dw is None:
-                continue
+            logits_CV = torch.mm(x_CD, w.T, out=buffer[: len(x_CD)]).to(wide)
+            highest_C1, at_C1 = logits_CV.max(-1, keepdim=True)
+            wanted_C1 = logits_CV.gather(1, target_C1)
+            p_CV = torch.softmax(logits_CV, -1, out=logits_CV)
+            # logsumexp from the largest probability, exp(highest - logsumexp), never below 1 / V.
+            lse_C1 = highest_C1 - p_CV.gather(1, at_C1).log_()
+            loss_sum += (lse_C1 - wanted_C1).sum()
             # d loss / d logits = softmax(logits) - one-hot(target), written over the logits.
-            dlogits_CV = logits_CV.sub_(lse_C1).exp_()
-            dlogits_CV.scatter_add_(1, target_C1, dlogits_CV.new_full(target_C1.shape, -1.0))
-            dlogits_CV = dlogits_CV.to(x.dtype)
+            p_CV.scatter_add_(1, target_C1, p_CV.new_full(target_C1.shape, -1.0))
+            dlogits_CV = p_CV.to(x.dtype)
             if dx is not None:
                 torch.mm(dlogits_CV, w, out=dx[start : start + step])
             if dw is not None:
-                dw.addmm_(dlogits_CV.T.to(wide), x_CD.to(wide))
+                dw.addmm_(p_CV.T, x_CD.to(wide))
         ctx.save_for_backward(dx, None if dw is None else dw.to(weight.dtype))
         return loss_sum
 

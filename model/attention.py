@@ -6,15 +6,10 @@ group, T their common length. The invariant: a token sees its own segment's past
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
 
-import kernels
 from model.batch import Group, Segments
-
-# torch's fused CPU attention works in whole vectors of the head width; below this width most of
-# each vector is empty and a plain product per block of queries is faster (docs/decisions.md).
-_NARROW_HEAD = 32
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
@@ -30,7 +25,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         longest = max(segments.lengths)
         cu = segments.cu_seqlens
         return varlen_attn(
-            q, k, v, cu, cu, longest, longest, window_size=(-1, 0), enable_gqa=q.shape[1] != k.shape[1]
+            q,
+            k,
+            v,
+            cu,
+            cu,
+            longest,
+            longest,
+            window_size=(-1, 0),
+            enable_gqa=q.shape[1] != k.shape[1],
         )
     outputs = [_attend_group(q, k, v, group) for group in segments.groups]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -38,17 +41,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
 
 def _attend_group(q: Tensor, k: Tensor, v: Tensor, group: Group) -> Tensor:
     q_BTNH, k_BTGH, v_BTGH = (_gather(x, group) for x in (q, k, v))
-    if q.device.type == "cpu" and q.shape[-1] < _NARROW_HEAD:
-        out = kernels.attention(q_BTNH, k_BTGH, v_BTGH, q.shape[-1] ** -0.5)
-    else:
-        out = scaled_dot_product_attention(
-            q_BTNH.transpose(1, 2),
-            k_BTGH.transpose(1, 2),
-            v_BTGH.transpose(1, 2),
-            is_causal=True,
-            enable_gqa=q.shape[1] != k.shape[1],
-        ).transpose(1, 2)
-    out_MNH = out.reshape(group.count * group.length, *q.shape[1:])
+    out_BNTH = scaled_dot_product_attention(
+        q_BTNH.transpose(1, 2),
+        k_BTGH.transpose(1, 2),
+        v_BTGH.transpose(1, 2),
+        is_causal=True,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    out_MNH = out_BNTH.transpose(1, 2).reshape(group.count * group.length, *q.shape[1:])
     return out_MNH if group.inverse is None else out_MNH[group.inverse]
 
 
