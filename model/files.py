@@ -77,7 +77,7 @@ def file_inside(folder: Path, name: str) -> Path:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, atomically and readable by the owner alone."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    _write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def write_safetensors(
@@ -94,10 +94,10 @@ def write_safetensors(
         except SafetensorError as error:
             raise OSError(f"writing {path} failed: {error}") from error
 
-    _write_whole(path, save)
+    write_whole(path, save)
 
 
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a new file beside `path`, then put that in the place of `path`."""
     aside = path.with_name(f".{path.name}.partial")
     aside.unlink(missing_ok=True)
