@@ -57,14 +57,15 @@ def classification_metrics(
     logits: NDArray[Any],
     label_names: Sequence[str],
     *,
-    patients: NDArray[Any] | None = None,
+    clusters: NDArray[Any] | None = None,
     resamples: int = 0,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Return accuracy, F1 and AUROC with 95% percentile intervals, ready for JSON.
 
     labels: int64 [n] class numbers, or [n, C] of 0 and 1 for several labels a note; logits [n, C].
-    patients: [n], equal for the notes of one patient; None where every note stands alone.
+    clusters: [n], equal for notes that are drawn together, those of one patient; None where every
+    note stands alone.
     Binary: F1 and AUROC are those of class 1. Several classes: F1 is the mean over the classes,
     AUROC the mean over the pairs of classes, both ways round, and `per_label` has each class
     against the rest. Several labels: F1 and AUROC are means over the labels, and a note is accurate
@@ -75,8 +76,8 @@ def classification_metrics(
     _check(labels, logits, label_names)
     kind = kind_of(labels, logits)
     scores = probabilities(logits, multilabel=kind == "multilabel")
-    units = np.arange(len(labels)) if patients is None else patients
-    unit_of_row = np.unique(units, return_inverse=True)[1].reshape(-1)
+    clusters = np.arange(len(labels)) if clusters is None else clusters
+    cluster_of_row = np.unique(clusters, return_inverse=True)[1].reshape(-1)
 
     if kind == "binary":
         averaged, by_label = [_against_rest(labels == 1, scores[:, 1])], []
@@ -86,26 +87,24 @@ def classification_metrics(
     else:
         by_label = [_against_rest(labels[:, c] > 0, scores[:, c]) for c in range(len(label_names))]
         averaged = by_label
-    agreement = _Agreement.of(labels, scores, unit_of_row)
+    agreement = _Agreement.of(labels, scores, cluster_of_row)
 
     def statistics(counts: Tensor) -> Floats:
         """Accuracy, F1, AUROC and each label's AUROC: [3 + labels, resamples]."""
-        aurocs = _stack([c.auroc(unit_of_row, counts) for c in by_label], counts)
+        aurocs = _stack([c.auroc(cluster_of_row, counts) for c in by_label], counts)
         pairs = aurocs
         if averaged is not by_label:
-            pairs = _stack([c.auroc(unit_of_row, counts) for c in averaged], counts)
+            pairs = _stack([c.auroc(cluster_of_row, counts) for c in averaged], counts)
         f1 = agreement.f1(counts)
         mean_f1 = f1[1] if kind == "binary" else _means(f1)
         return np.vstack([agreement.accuracy(counts), mean_f1, _means(pairs), aurocs])
 
-    n_units = int(unit_of_row.max()) + 1
+    n_clusters = int(cluster_of_row.max()) + 1
     dtype = torch.float32 if len(labels) <= EXACT_NOTES else torch.float64
-    estimates = statistics(torch.ones(n_units, 1, dtype=dtype))[:, 0]
-    intervals = _intervals(statistics, len(estimates), n_units, dtype, resamples, seed)
+    estimates = statistics(torch.ones(n_clusters, 1, dtype=dtype))[:, 0]
+    intervals = _intervals(statistics, len(estimates), n_clusters, dtype, resamples, seed)
 
-    metrics: dict[str, Any] = {"n": len(labels)}
-    if patients is not None:
-        metrics["patients"] = n_units
+    metrics: dict[str, Any] = {"n": len(labels), "clusters": n_clusters}
     for i, name in enumerate(("accuracy", "f1", "auroc")):
         metrics[name] = _defined(estimates[i])
         metrics[f"{name}_ci"] = intervals[i]
@@ -140,22 +139,23 @@ class Comparison(NamedTuple):
     positive: NDArray[np.bool_]  # [m]
     scores: Floats  # [m]
 
-    def auroc(self, unit_of_row: NDArray[np.int64], counts: Tensor) -> Floats:
-        """Return [resamples]: the AUROC where unit u counts counts[u, b] times; nan for one class.
+    def auroc(self, cluster_of_row: NDArray[np.int64], counts: Tensor) -> Floats:
+        """Return [resamples]: the AUROC where each cluster counts as often as it was drawn.
 
-        counts: [units, resamples]. Positives between the same two negatives form one group, so the
-        notes are summed once for every resample and what is left grows with the groups alone.
+        counts: [clusters, resamples], how often. nan where a resample has one class alone.
+        Positives between the same two negatives form one group, so the notes are summed once for
+        all resamples, and what is left to do grows with the number of groups.
         """
-        units = unit_of_row[self.rows]
+        clusters = cluster_of_row[self.rows]
         positive_scores, negative_scores = self.scores[self.positive], self.scores[~self.positive]
         # A positive's place among the negatives' values: 2k between two values, 2k + 1 on one.
         values, value_of_negative = np.unique(negative_scores, return_inverse=True)
         places, group_of_positive = np.unique(_place(values, positive_scores), return_inverse=True)
         place_of_negative = _place(places, 2 * value_of_negative + 1)
 
-        positives = _sum_in_bags(units[self.positive], group_of_positive, len(places), counts)
+        positives = _sum_in_bags(clusters[self.positive], group_of_positive, len(places), counts)
         negatives = _sum_in_bags(
-            units[~self.positive], place_of_negative, 2 * len(places) + 1, counts
+            clusters[~self.positive], place_of_negative, 2 * len(places) + 1, counts
         )
         for bag in range(1, len(negatives)):  # running sums, in place
             np.add(negatives[bag], negatives[bag - 1], out=negatives[bag])
@@ -174,15 +174,15 @@ def _place(values: NDArray[Any], points: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def _sum_in_bags(
-    units: NDArray[np.int64], bags: NDArray[np.int64], n_bags: int, counts: Tensor
+    clusters: NDArray[np.int64], bags: NDArray[np.int64], n_bags: int, counts: Tensor
 ) -> NDArray[Any]:
-    """Return [n_bags, resamples]: the counts of the units in each bag."""
-    if not len(units):
+    """Return [n_bags, resamples]: the counts of the clusters in each bag."""
+    if not len(clusters):
         return np.zeros((n_bags, counts.shape[1]), dtype=counts.numpy().dtype)
     order = np.argsort(bags, kind="stable")
     starts = np.searchsorted(bags[order], np.arange(n_bags))
     return embedding_bag(
-        torch.from_numpy(units[order]), counts, torch.from_numpy(starts), mode="sum"
+        torch.from_numpy(clusters[order]), counts, torch.from_numpy(starts), mode="sum"
     ).numpy()
 
 
@@ -200,16 +200,16 @@ def _one_against_one(labels: NDArray[Any], scores: Floats) -> Iterator[Compariso
 
 
 class _Agreement(NamedTuple):
-    """What accuracy and F1 are made of, summed for each unit."""
+    """What accuracy and F1 are made of, summed for each cluster."""
 
-    notes: Tensor  # [units]
-    right: Tensor  # [units]
-    hits: Tensor  # [units, C]: predicted and true
-    predicted_and_true: Tensor  # [units, C]: number predicted plus number true
+    notes: Tensor  # [clusters]
+    right: Tensor  # [clusters]
+    hits: Tensor  # [clusters, C]: predicted and true
+    predicted_and_true: Tensor  # [clusters, C]: number predicted plus number true
 
     @classmethod
     def of(
-        cls, labels: NDArray[Any], scores: Floats, unit_of_row: NDArray[np.int64]
+        cls, labels: NDArray[Any], scores: Floats, cluster_of_row: NDArray[np.int64]
     ) -> "_Agreement":
         if labels.ndim == 2:
             true, predicted = labels > 0, scores >= 0.5
@@ -217,12 +217,12 @@ class _Agreement(NamedTuple):
             classes = np.arange(scores.shape[1])
             true = labels[:, None] == classes
             predicted = scores.argmax(axis=1)[:, None] == classes
-        index = torch.from_numpy(unit_of_row)
+        index = torch.from_numpy(cluster_of_row)
         dtype = torch.float32 if len(labels) <= EXACT_NOTES else torch.float64
 
         def summed(values: NDArray[Any]) -> Tensor:
             source = torch.from_numpy(values).to(dtype)
-            shape = (int(unit_of_row.max()) + 1, *source.shape[1:])
+            shape = (int(cluster_of_row.max()) + 1, *source.shape[1:])
             return torch.zeros(shape, dtype=dtype).index_add_(0, index, source)
 
         return cls(
@@ -245,22 +245,22 @@ class _Agreement(NamedTuple):
 def _intervals(
     statistics: Callable[[Tensor], Floats],
     n_statistics: int,
-    n_units: int,
+    n_clusters: int,
     dtype: torch.dtype,
     resamples: int,
     seed: int,
 ) -> list[list[float] | None]:
-    """Return the 2.5th and 97.5th percentile of each statistic over resamples of the units."""
-    if n_units < 2 or resamples == 0:
+    """Return the 2.5th and 97.5th percentile of each statistic over resamples of the clusters."""
+    if n_clusters < 2 or resamples == 0:
         return [None] * n_statistics
     generator = np.random.default_rng(seed)
-    width = max(1, DRAW_ELEMENTS // n_units)
+    width = max(1, DRAW_ELEMENTS // n_clusters)
     drawn = []
     for start in range(0, resamples, width):
-        counts = torch.empty(n_units, min(width, resamples - start), dtype=dtype)
+        counts = torch.empty(n_clusters, min(width, resamples - start), dtype=dtype)
         for b in range(counts.shape[1]):
-            units = generator.integers(0, n_units, n_units)
-            counts[:, b] = torch.from_numpy(np.bincount(units, minlength=n_units))
+            clusters = generator.integers(0, n_clusters, n_clusters)
+            counts[:, b] = torch.from_numpy(np.bincount(clusters, minlength=n_clusters))
         drawn.append(statistics(counts))
     return [_interval(values) for values in np.concatenate(drawn, axis=1)]
 

@@ -20,7 +20,7 @@ _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 
 def write_predictions(
     path: Path,
-    rows: NDArray[np.int64],
+    rows: NDArray[Any],
     probabilities: NDArray[np.float64],
     label_names: Sequence[str],
     *,

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -16,6 +17,15 @@ from evaluation.metrics import (
     kind_of,
     probabilities,
 )
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Many small sums: on a busy machine waking a second thread takes longer than they do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def random_case(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -57,12 +67,12 @@ def test_resampled_auroc_equals_scikit_learn_on_repeated_notes() -> None:
     rng = np.random.default_rng(1)
     for _ in range(50):
         labels, scores = random_case(rng)
-        unit_of_row = rng.integers(0, 40, len(labels))
+        cluster_of_row = rng.integers(0, 40, len(labels))
         counts = rng.poisson(1.0, (40, 7))
         comparison = Comparison(np.arange(len(labels)), labels > 0, scores)
-        values = comparison.auroc(unit_of_row, torch.tensor(counts, dtype=torch.float32))
+        values = comparison.auroc(cluster_of_row, torch.tensor(counts, dtype=torch.float32))
         for b in range(counts.shape[1]):
-            rows = np.repeat(np.arange(len(labels)), counts[unit_of_row, b])
+            rows = np.repeat(np.arange(len(labels)), counts[cluster_of_row, b])
             if len(set(labels[rows])) < 2:
                 assert math.isnan(values[b])
             else:
@@ -168,7 +178,7 @@ def test_the_seed_decides_the_interval_and_blocks_of_resamples_do_not(
 
     def interval(seed: int) -> list[float]:
         return classification_metrics(
-            labels, logits, ["no", "yes"], patients=patients, resamples=100, seed=seed
+            labels, logits, ["no", "yes"], clusters=patients, resamples=100, seed=seed
         )["auroc_ci"]
 
     first = interval(1)
@@ -187,7 +197,7 @@ def test_patients_widen_the_interval_when_their_notes_agree() -> None:
         )["auroc_ci"]
         return high - low
 
-    assert width(patients=patients) > 1.5 * width()
+    assert width(clusters=patients) > 1.5 * width()
 
 
 def test_intervals_cover_the_truth_in_simulated_cohorts() -> None:
@@ -197,7 +207,7 @@ def test_intervals_cover_the_truth_in_simulated_cohorts() -> None:
     for seed in range(300):
         labels, logits, patients = patient_cohort(np.random.default_rng(1000 + seed), 120, 2)
         low, high = classification_metrics(
-            labels, logits, ["no", "yes"], patients=patients, resamples=300, seed=seed
+            labels, logits, ["no", "yes"], clusters=patients, resamples=300, seed=seed
         )["auroc_ci"]
         covered += low <= truth <= high
     assert 0.92 <= covered / 300 <= 0.98
@@ -239,7 +249,7 @@ def test_a_thousand_labels_take_less_than_a_minute() -> None:
     patients = rng.integers(0, 7_000, n)
     start = time.perf_counter()
     found = classification_metrics(
-        labels, logits, names, patients=patients, resamples=1_000, seed=0
+        labels, logits, names, clusters=patients, resamples=1_000, seed=0
     )
     assert time.perf_counter() - start < 60
     assert found["auroc_ci"][0] < found["auroc"] < found["auroc_ci"][1]

@@ -1,0 +1,43 @@
+"""Perplexity over whole notes, with the adapters and without.
+
+exp(summed negative log-likelihood / number of scored tokens): every token of a note counts the
+same, wherever the note was cut, and the mean is never taken over batches.
+"""
+
+import math
+
+import numpy as np
+
+from data.packing import LanguagePieces
+from lora.attach import adapter_names, without_adapters
+from training.objective import LanguageModelling
+from training.parallel import Ranks
+from training.validation import validate_language
+
+
+def language_metrics(
+    objective: LanguageModelling, pieces: LanguagePieces, ranks: Ranks, *, micro_tokens: int
+) -> dict[str, float | int | None]:
+    """Return `tokens` (those scored), `perplexity`, and `perplexity_base` of the base alone.
+
+    `perplexity_base` is None where the model has no adapters.
+    Raises ValueError without a token to score, ArithmeticError for a loss that is not finite.
+    """
+    # The first token of a piece is not scored; see `data.packing`.
+    lengths = pieces.lengths(np.arange(len(pieces)))
+    tokens = int(lengths.sum()) - len(pieces)
+    if tokens == 0:
+        raise ValueError("there is no token to score: name other data or another split")
+
+    def perplexity() -> float:
+        found = validate_language(objective, pieces, ranks, micro_tokens=micro_tokens)
+        if not math.isfinite(found["perplexity"]):
+            raise ArithmeticError("the loss on the notes is not finite")
+        return found["perplexity"]
+
+    adapted = perplexity()
+    base = None
+    if adapter_names(objective.model):
+        with without_adapters(objective.model):
+            base = perplexity()
+    return {"tokens": tokens, "perplexity": adapted, "perplexity_base": base}
