@@ -1,0 +1,339 @@
+"""The parts of a run from its config: data, model, adapters; and a finished run put together again.
+
+Training and evaluation build their parts here, so a run is scored on exactly the notes that it held
+out and with exactly the weights that it wrote. Invariant: before the adapters are attached every
+weight of the base is frozen, and what then trains is named, not inferred.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from data.cache import TokenCache, tokenise
+from data.mimic import open_mimic3
+from data.notes import NoteSource, open_notes
+from data.packing import ClassificationNotes, LanguagePieces, length_quantiles
+from data.splits import Splits, split_notes
+from data.synthetic import make_cohort
+from data.tokenizer import Tokenizer, load_tokenizer
+from lora.attach import attach
+from lora.config import ALL_LINEAR, LoraConfig
+from lora.peft_format import find_adapter, load_adapter
+from model.checkpoint import load_causal_lm, load_classifier
+from model.config import read_config
+from model.decoder import init_weights
+from model.files import open_safetensors, read_json
+from model.heads import CausalLM, SequenceClassifier
+from training.checkpoint import folder_digest
+from training.config import BaseDtype, RunConfig, from_dict
+from training.run_folder import RUN_FILE
+from training.stages import SYNTHETIC_COHORT
+
+CLINICAL, DOWNSTREAM = "clinical", "downstream"  # the adapters' names
+HEAD_FILE = "head.safetensors"
+_WEIGHT_FILES = (".json", ".safetensors")
+_VALIDATION_ORDER = 0  # seed of the choice of validation notes: the same in every run
+
+Model = CausalLM | SequenceClassifier
+Dataset = LanguagePieces | ClassificationNotes
+
+
+@dataclass(frozen=True)
+class Notes:
+    """The notes of a run, tokenised and split."""
+
+    tokenizer: Tokenizer
+    cache: TokenCache
+    splits: Splits
+    label_names: tuple[str, ...]  # of a classifier: every label of the source; else empty
+    fingerprint: str  # of the source
+
+    def counts(self) -> dict[str, Any]:
+        """What run.json tells about the notes: numbers only."""
+        splits = self.splits
+        return {
+            "train_notes": len(splits.train),
+            "validation_notes": len(splits.validation),
+            "test_notes": len(splits.test),
+            "validation_notes_left_out": splits.validation_duplicates,
+            "test_notes_left_out": splits.test_duplicates,
+            "unlisted_notes": splits.unlisted,
+            "train_tokens": int(self.cache.lengths(splits.train).sum()),
+            "note_length": length_quantiles(self.cache, splits.train),
+        }
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run put together from its folder; nothing of it trains."""
+
+    config: RunConfig
+    record: Mapping[str, Any]  # run.json
+    model: Model
+    tokenizer: Tokenizer
+    label_names: tuple[str, ...]
+
+
+# Data ---------------------------------------------------------------------------------------------
+
+
+def open_source(config: RunConfig) -> NoteSource:
+    """The notes that the config names; the synthetic cohort is made where it is first asked for."""
+    if config.data is None:
+        raise ValueError("--data is missing: name a table of notes or a folder")
+    data = Path(config.data)
+    if data.parent == Path(SYNTHETIC_COHORT):
+        make_cohort(SYNTHETIC_COHORT)
+    if config.task == "mor":
+        private = cache_folder(config)
+        private.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return open_mimic3(data, "mor", spill_folder=private)
+    return open_notes(
+        data,
+        text_column=config.text_column,
+        label_column=config.label_column,
+        patient_column=config.patient_column,
+    )
+
+
+def cache_folder(config: RunConfig) -> Path:
+    """Where the run's token caches lie: outside of the run folder, so that runs share them."""
+    return Path(config.cache_dir) if config.cache_dir else Path(config.out).parent / "token-cache"
+
+
+def load_notes(config: RunConfig, tokenizer: Tokenizer | None = None) -> Notes:
+    """Tokenise the run's notes (or open their cache) with the base's tokenizer, and split them."""
+    if config.model is None:
+        raise ValueError("--model is missing: name the folder of the base")
+    if tokenizer is None:
+        tokenizer = load_tokenizer(config.model, config.tokenizer_preset)
+    source = open_source(config)
+    cache = tokenise(source, tokenizer, cache_folder=cache_folder(config), workers=config.workers)
+    splits = split_notes(cache, lists=config.splits, test_share=config.test_share)
+    label_names = cache.label_names if config.stage == "downstream" else ()
+    if config.stage == "downstream" and len(label_names) < 2:
+        raise ValueError(
+            f"{config.data} has {len(label_names)} different labels; a classifier needs at least 2"
+        )
+    return Notes(tokenizer, cache, splits, label_names, source.fingerprint())
+
+
+def make_dataset(
+    config: RunConfig,
+    notes: Notes,
+    rows: np.ndarray,
+    *,
+    label_names: tuple[str, ...] | None = None,
+    is_labelled: bool = True,
+) -> Dataset:
+    """The segments of some notes, as the run's stage cuts them.
+
+    label_names: the classes' order where it is not that of these notes but of a finished run.
+    is_labelled: False for notes to predict, whose labels are not there or not asked for.
+    """
+    if config.stage != "downstream":
+        return LanguagePieces(
+            notes.cache,
+            rows,
+            max_length=config.max_length,
+            bos_id=notes.tokenizer.bos_id,
+            eos_id=notes.tokenizer.eos_id,
+        )
+    return ClassificationNotes(
+        notes.cache,
+        rows,
+        max_length=config.max_length,
+        bos_id=notes.tokenizer.bos_id,
+        truncate=config.truncate,
+        targets=notes.cache.label_codes(rows, label_names) if is_labelled else None,
+    )
+
+
+def validation_rows(config: RunConfig, notes: Notes) -> np.ndarray:
+    """The validation notes that are scored during training: at most `eval_tokens` of them.
+
+    A fixed choice of whole notes, the same in every run on the same notes, neighbours in length
+    together because that is how they pass fastest.
+    """
+    rows = notes.splits.validation
+    shuffled = np.random.default_rng(_VALIDATION_ORDER).permutation(rows)
+    lengths = np.minimum(
+        notes.cache.lengths(shuffled),
+        config.max_length if config.stage == "downstream" else np.iinfo(np.int64).max,
+    )
+    count = int(np.searchsorted(np.cumsum(lengths), config.eval_tokens, side="right"))
+    chosen, lengths = shuffled[: max(1, count)], lengths[: max(1, count)]
+    return chosen[np.argsort(lengths, kind="stable")]
+
+
+# Model --------------------------------------------------------------------------------------------
+
+
+def base_dtype(config: RunConfig, device: torch.device) -> BaseDtype:
+    """How the base is held: as asked, else bfloat16 when frozen on a GPU that has it."""
+    if config.base_dtype is not None:
+        return config.base_dtype
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return "bfloat16" if has_bfloat16 and config.adapter != "full" else "float32"
+
+
+def load_base(config: RunConfig, folder: Path, num_labels: int, device: torch.device) -> Model:
+    """The base of a run with the head of its stage, every weight frozen."""
+    is_bfloat16 = base_dtype(config, device) == "bfloat16"
+    dtype = torch.bfloat16 if is_bfloat16 else torch.float32
+    model: Model
+    if config.stage == "downstream":
+        model = load_classifier(folder, num_labels, dtype=dtype, device=device, seed=config.seed)
+    elif config.from_scratch:
+        shape = read_config(folder)
+        model = CausalLM(shape)
+        init_weights(model, shape.initializer_range, config.seed)
+        model.to(device=device, dtype=dtype)
+    else:
+        model = load_causal_lm(folder, dtype=dtype, device=device)
+    if config.max_length > model.config.max_position_embeddings:
+        raise ValueError(
+            f"--max-length is {config.max_length}, but the base was made for at most "
+            f"{model.config.max_position_embeddings} positions (max_position_embeddings)"
+        )
+    return model.requires_grad_(False)
+
+
+def build_model(config: RunConfig, notes: Notes, device: torch.device) -> Model:
+    """Base, adapters and head of a run that begins; exactly what the config says is trainable."""
+    assert config.model is not None
+    model = load_base(config, Path(config.model), len(notes.label_names), device)
+    if notes.tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {config.model} has {notes.tokenizer.vocab_size} pieces, but the "
+            f"base has embeddings for {model.config.vocab_size}; they do not belong together"
+        )
+    if config.init_adapter is not None:
+        load_adapter(
+            model,
+            init_adapter_folder(Path(config.init_adapter)),
+            CLINICAL,
+            trainable=not config.freeze_init_adapter,
+        )
+    if config.adapter == "lora":
+        name = DOWNSTREAM if config.stage == "downstream" else CLINICAL
+        attach(model, name, lora_config(config), seed=config.seed)
+    if config.adapter == "full":
+        model.requires_grad_(True)
+    if isinstance(model, SequenceClassifier):
+        model.score.requires_grad_(True)
+    return model
+
+
+def lora_config(config: RunConfig) -> LoraConfig:
+    """The new adapter's settings in the words of PEFT."""
+    targets = config.lora.target_modules
+    return LoraConfig(
+        r=config.lora.r,
+        lora_alpha=config.lora.alpha,
+        lora_dropout=config.lora.dropout,
+        target_modules=ALL_LINEAR if targets == (ALL_LINEAR,) else targets,
+        use_rslora=config.lora.rslora,
+    )
+
+
+def init_adapter_folder(folder: Path) -> Path:
+    """The PEFT folder that --init-adapter means: itself, or the clinical adapter of a run."""
+    if not folder.is_dir():
+        command = "python train.py --stage clinical"
+        hint = f"; make it with: {command}" if folder == Path("runs/clinical") else ""
+        raise ValueError(f"--init-adapter {folder} does not exist{hint}")
+    if (folder / RUN_FILE).is_file():
+        adapter = folder / "adapter" / CLINICAL
+        if not adapter.is_dir():
+            raise ValueError(
+                f'--init-adapter {folder} is a run without an adapter "{CLINICAL}": it has not '
+                "ended (continue it with --resume), or it trained something else"
+            )
+        return adapter
+    return find_adapter(folder)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Trainable and all parameters."""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+# Fingerprints -------------------------------------------------------------------------------------
+
+
+def fingerprints(config: RunConfig, notes: Notes) -> dict[str, str | None]:
+    """What goes into a run besides its settings; a resumed run must find the same."""
+    assert config.model is not None
+    init, splits = config.init_adapter, config.splits
+    return {
+        "data": notes.fingerprint,
+        "tokenizer": notes.tokenizer.fingerprint(),
+        "base": base_fingerprint(Path(config.model)),
+        "init_adapter": None
+        if init is None
+        else folder_digest(init_adapter_folder(Path(init)), _WEIGHT_FILES),
+        "splits": None if splits is None else folder_digest(Path(splits), (".csv",)),
+    }
+
+
+def base_fingerprint(folder: Path) -> str:
+    """SHA-256 over config and weights of a base."""
+    return folder_digest(folder, _WEIGHT_FILES)
+
+
+def check_same_base(config: RunConfig, found: str | None) -> None:
+    """Refuse an init adapter that another run trained on another base."""
+    run_file = Path(config.init_adapter or ".") / RUN_FILE
+    if config.init_adapter is None or not run_file.is_file():
+        return
+    trained_on = read_json(run_file).get("fingerprints", {}).get("base")
+    if trained_on != found:
+        raise ValueError(
+            f"--init-adapter {config.init_adapter} was trained on another base than "
+            f"{config.model}; give the base it was trained on"
+        )
+
+
+# A finished run -----------------------------------------------------------------------------------
+
+
+def restore(folder: Path, device: torch.device) -> FinishedRun:
+    """Put a finished run together: its base, every adapter it wrote, and its head.
+
+    Raises ValueError for a folder that holds no finished run, or whose base has changed.
+    """
+    if not (folder / RUN_FILE).is_file():
+        raise ValueError(f"{folder} holds no run: {RUN_FILE} is missing")
+    record = read_json(folder / RUN_FILE)
+    config = from_dict(record["config"])
+    if not record.get("finished"):
+        raise ValueError(f"the run in {folder} has not ended; continue it with --resume")
+    assert config.model is not None
+    label_names = tuple(record["labels"])
+    is_full = config.adapter == "full"
+    base = folder / "model" if is_full else Path(config.model)
+    if not is_full and base_fingerprint(base) != record["fingerprints"]["base"]:
+        raise ValueError(f"the base {base} is not the one that the run in {folder} was trained on")
+    model = load_base(config, base, len(label_names), device)
+    for name in record["adapters"]:
+        load_adapter(model, folder / "adapter" / name, name, trainable=False)
+    if isinstance(model, SequenceClassifier):
+        with open_safetensors(folder / HEAD_FILE) as file:
+            model.load_state_dict(
+                {**model.state_dict(), "score.weight": file.get_tensor("score.weight")}
+            )
+    model.requires_grad_(False)
+    return FinishedRun(
+        config,
+        record,
+        model,
+        load_tokenizer(base if is_full else Path(config.model), config.tokenizer_preset),
+        label_names,
+    )

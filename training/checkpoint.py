@@ -1,0 +1,195 @@
+"""Run checkpoints: everything a run needs to go on as if it had never stopped.
+
+A checkpoint is a folder `checkpoints/step-000060/` of safetensors and JSON:
+
+    weights.safetensors    the trainable parameters
+    optimiser.safetensors  AdamW's moments and step counts, by parameter
+    random.safetensors     the generators' states
+    state.json             step, data position, best validation so far, size of metrics.jsonl
+    manifest.json          size and SHA-256 of each of them; written last
+
+Two invariants. The folder is made aside, synced and renamed, so a name of the form step-N is always
+complete; and nothing of it is used before every byte has been compared with the manifest, because
+a flipped bit in a safetensors file loads without a word.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.files import new_folder, open_safetensors, read_json, sync, write_json, write_safetensors
+
+FORMAT = 1
+_FILES = ("weights.safetensors", "optimiser.safetensors", "random.safetensors", "state.json")
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read and verified."""
+
+    step: int
+    weights: dict[str, Tensor]
+    optimiser: dict[str, Tensor]
+    random: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    *,
+    weights: Mapping[str, Tensor],
+    optimiser: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+) -> Path:
+    """Write `folder`/step-N, whole or not at all; the same step that is already there stays."""
+    path = step_folder(folder, step)
+    if path.exists():
+        return path
+    with new_folder(path) as aside:
+        write_safetensors(aside / "weights.safetensors", weights)
+        write_safetensors(aside / "optimiser.safetensors", optimiser)
+        write_safetensors(aside / "random.safetensors", random_state())
+        write_json(aside / "state.json", dict(state))
+        files = {
+            name: {"bytes": (aside / name).stat().st_size, "sha256": file_digest(aside / name)}
+            for name in _FILES
+        }
+        write_json(aside / "manifest.json", {"format": FORMAT, "step": step, "files": files})
+    return path
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read one checkpoint; ValueError names the file that is not what was written."""
+    step = _verified_step(path)
+    return Checkpoint(
+        step=step,
+        weights=_read_tensors(path / "weights.safetensors"),
+        optimiser=_read_tensors(path / "optimiser.safetensors"),
+        random=_read_tensors(path / "random.safetensors"),
+        state=read_json(path / "state.json"),
+    )
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """Read the weights of one checkpoint, the whole of which is verified first."""
+    _verified_step(path)
+    return _read_tensors(path / "weights.safetensors")
+
+
+def newest_good(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that verifies, and what was wrong with the newer ones."""
+    complaints = []
+    for step in reversed(saved_steps(folder)):
+        try:
+            return load_checkpoint(step_folder(folder, step)), complaints
+        except (ValueError, OSError) as error:
+            complaints.append(str(error))
+    return None, complaints
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Steps with a complete checkpoint, oldest first."""
+    if not folder.is_dir():
+        return []
+    names = (_NAME.fullmatch(entry.name) for entry in folder.iterdir() if entry.is_dir())
+    return sorted(int(match[1]) for match in names if match)
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:06d}"
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints and those that these name as their best."""
+    steps = saved_steps(folder)
+    kept = set(steps[-keep:])
+    for step in steps[-keep:]:
+        best = read_json(step_folder(folder, step) / "state.json")["position"]["best"]
+        if best is not None:
+            kept.add(best["step"])
+    for step in steps:
+        if step not in kept:
+            _delete(step_folder(folder, step))
+
+
+def sweep(folder: Path) -> None:
+    """Clear what a killed process left half written or half deleted."""
+    if folder.is_dir():
+        for left in folder.glob(".*.partial"):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink()
+
+
+def _delete(path: Path) -> None:
+    """Take the name away first, so that no moment shows a checkpoint with files missing."""
+    aside = path.with_name(f".{path.name}.partial")
+    os.replace(path, aside)
+    sync(path.parent)
+    shutil.rmtree(aside)
+
+
+def _verified_step(path: Path) -> int:
+    manifest = read_json(path / "manifest.json")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{path}/manifest.json is not of format {FORMAT}, the one that is read")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or set(files) != set(_FILES):
+        raise ValueError(f"{path}/manifest.json does not list the files of a checkpoint")
+    for name, written in files.items():
+        file = path / name
+        size = file.stat().st_size if file.is_file() else None
+        if size is None:
+            raise ValueError(f"{file} is missing")
+        if size != written["bytes"]:
+            raise ValueError(f"{file} has {size} bytes, but {written['bytes']} were written")
+        if file_digest(file) != written["sha256"]:
+            raise ValueError(f"{file} is damaged: its SHA-256 is not the one that was written")
+    step = manifest.get("step")
+    if not isinstance(step, int) or step_folder(path.parent, step) != path:
+        raise ValueError(f"{path} holds the checkpoint of step {step}, not of its name")
+    return step
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_digest(folder: Path, suffixes: Iterable[str]) -> str:
+    """SHA-256 over names and contents of a folder's own files that have one of the suffixes."""
+    whole = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in set(suffixes)):
+        whole.update(f"{path.name}\0{file_digest(path)}\0".encode())
+    return whole.hexdigest()
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    with open_safetensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def random_state() -> dict[str, Tensor]:
+    """The states of torch's generators; the step itself draws from a hash and needs none of them."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,424 @@
+"""From words typed by a user to a run config, or to one clear line that says what is wrong.
+
+Flags are read twice. First by name: each is known, given once, with as many values as it takes;
+--stage, --config and --resume then decide the defaults. Second by value: tyro parses them over
+those defaults. A config file becomes flags that stand before the typed ones, so that file and
+command line obey the same rules and the typed flag wins. Invariant: whatever is wrong raises
+ValueError with a single line; tyro's own box never reaches the user.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+
+from model.files import read_json
+from training.config import RunConfig, Stage, from_dict
+from training.run_folder import RUN_FILE
+from training.stages import EMBEDDED, STAGES
+
+Settings = TypeVar("Settings")
+Flags = dict[str, list[str]]  # "--lora.r" -> its values as typed
+
+# What users of other tools type, and what it is called here.
+_OTHER_NAMES = {
+    "--adapter-name-or-path": "--init-adapter",
+    "--base-model": "--model",
+    "--bf16": "--base-dtype",
+    "--cutoff-len": "--max-length",
+    "--eval-steps": "--eval-every",
+    "--eval-strategy": "--eval-every",
+    "--gradient-accumulation-steps": "--batch-size",
+    "--learning-rate": "--lr",
+    "--lora-target-modules": "--lora.target-modules",
+    "--lr-scheduler-type": "--optim.schedule",
+    "--max-grad-norm": "--optim.clip",
+    "--max-seq-len": "--max-length",
+    "--max-seq-length": "--max-length",
+    "--max-steps": "--steps",
+    "--model-name-or-path": "--model",
+    "--num-train-epochs": "--epochs",
+    "--output-dir": "--out",
+    "--per-device-train-batch-size": "--batch-size",
+    "--rank": "--lora.r",
+    "--resume-from-checkpoint": "--resume",
+    "--save-steps": "--checkpoint-every",
+    "--warmup-ratio": "--optim.warmup-steps",
+}
+# Two ways to say the same thing: the one that is given switches the stage's other one off.
+_EITHER_OR = (("--batch-tokens", "--batch-size"), ("--steps", "--epochs"))
+_MAX_CONFIG_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainFlags(RunConfig):
+    """Train one stage: adapt a LLaMA base to notes, or fine-tune the adapted one for an outcome."""
+
+    resume: bool = False
+    """Continue the run in --out from its newest good checkpoint, with the settings it began with."""
+    overwrite: bool = False
+    """Delete the run in --out and start anew."""
+    config: str | None = None
+    """A run.json or a YAML file with settings; typed flags win over it."""
+    debug: bool = False
+    """Show the traceback of a failure."""
+
+    def __post_init__(self) -> None:
+        """Nothing: the checks are those of the RunConfig that is made of these flags."""
+
+
+class Command(typing.NamedTuple):
+    """What train.py was asked to do."""
+
+    config: RunConfig
+    resume: bool
+    overwrite: bool
+
+
+def read_command(arguments: Sequence[str], prog: str = "train.py") -> Command:
+    """The run that the arguments of train.py ask for.
+
+    Raises ValueError with one line for anything wrong, SystemExit(0) after --help.
+    """
+    known = flag_types(TrainFlags)
+    typed = split_flags(arguments, known)
+    from_file = _file_flags(typed, known)
+    default = _default(typed, from_file)
+    if "--help" in typed:
+        parse(TrainFlags, {"--help": []}, default=default, prog=prog)
+    for pair in _EITHER_OR:
+        given = [f for f in pair if f in typed] or [f for f in pair if f in from_file]
+        if len(given) == 1:
+            other = pair[1 - pair.index(given[0])]
+            from_file.pop(other, None)
+            default = dataclasses.replace(default, **{_field(other): None})
+    flags = parse(TrainFlags, {**from_file, **typed}, default=default, prog=prog)
+    config = RunConfig(
+        **{field.name: getattr(flags, field.name) for field in dataclasses.fields(RunConfig)}
+    )
+    # A run.json states every setting, so only what people write themselves can be superfluous.
+    written = typed if _is_json(flags.config) else {**from_file, **typed}
+    for flag in written:
+        _check_used(flag, config)
+    return Command(config, resume=flags.resume, overwrite=flags.overwrite)
+
+
+# First pass: flags by name ------------------------------------------------------------------------
+
+
+def flag_types(kind: type, prefix: str = "--") -> dict[str, Any]:
+    """Every flag of a settings dataclass with its field's type; nested ones are dotted."""
+    found: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        flag = prefix + name.replace("_", "-")
+        if dataclasses.is_dataclass(hint):
+            assert isinstance(hint, type)
+            found |= flag_types(hint, f"{flag}.")
+        else:
+            found[flag] = hint
+    return found
+
+
+def split_flags(arguments: Sequence[str], known: Mapping[str, Any]) -> Flags:
+    """Values of each flag, as typed; `--no-x` is ["no"] under --x.
+
+    Raises ValueError for a flag that is unknown, repeated, or has too few or too many values.
+    """
+    flags: Flags = {}
+    current: str | None = None
+    for word in arguments:
+        if word == "-h":
+            word = "--help"
+        if not word.startswith("--"):
+            if current is None:
+                raise ValueError(f"{word!r} is not a flag; flags begin with --, as in --stage")
+            flags[current].append(word)
+            continue
+        name, has_value, value = word.partition("=")
+        name = name.replace("_", "-")
+        current, values = _known_flag(name, known)
+        if current in flags:
+            raise ValueError(f"{current} is given twice; give it once")
+        flags[current] = [*values, value] if has_value else values
+    for flag, values in flags.items():
+        _check_count(flag, values, known.get(flag, bool))
+    return flags
+
+
+def _known_flag(name: str, known: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """The flag that `name` spells, with ["no"] for the negation of a switch."""
+    if name in known or name == "--help":
+        return name, []
+    positive = name.replace("--no-", "--", 1)
+    if known.get(positive) is bool:
+        return positive, ["no"]
+    near = _OTHER_NAMES.get(name)
+    if near not in known:
+        dotted = [flag for flag in known if flag.replace(".", "-") == name]
+        ending = [flag for flag in known if flag.endswith("." + name.removeprefix("--"))]
+        close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+        near = next(iter([*dotted, *ending, *close]), None)
+    hint = f"did you mean {near}?" if near else "--help lists all flags"
+    raise ValueError(f"{name} is not a flag; {hint}")
+
+
+def _check_count(flag: str, values: list[str], hint: Any) -> None:
+    if hint is bool:
+        if values not in ([], ["no"]):
+            raise ValueError(
+                f"{flag} is a switch and takes no value, got {values[-1]!r}; "
+                f"write {flag} or --no-{flag.removeprefix('--')}"
+            )
+    elif typing.get_origin(hint) is tuple:
+        if not values:
+            raise ValueError(f"{flag} needs at least one value")
+    elif len(values) != 1:
+        found = "none" if not values else f"{len(values)}: {' '.join(values)}"
+        raise ValueError(f"{flag} takes one value, got {found}")
+
+
+# The defaults -------------------------------------------------------------------------------------
+
+
+def _default(typed: Flags, from_file: Flags) -> TrainFlags:
+    """The settings that hold where no flag speaks: the stage's, or those of the resumed run."""
+    given = {**from_file, **typed}
+    stages = ", ".join(STAGES)
+    stage = given.get("--stage", [None])[0]
+    if stage is not None and stage not in STAGES:
+        near = difflib.get_close_matches(stage, STAGES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"--stage must be one of {stages}, got {stage}{hint}")
+    if "--resume" in typed and typed["--resume"] != ["no"]:
+        if "--config" in typed:
+            raise ValueError("--resume takes the settings of the run itself; leave --config out")
+        out = given["--out"][0] if "--out" in given else f"runs/{stage}"
+        if stage is None and "--out" not in given:
+            raise ValueError("--resume needs --out, the folder of the run, or its --stage")
+        if (Path(out) / RUN_FILE).is_file():
+            return _as_flags(saved_config(Path(out)))
+    if stage is None:
+        if "--help" in typed:
+            stage = "clinical"
+        else:
+            raise ValueError(f"--stage is missing: choose one of {stages}")
+    stage = cast(Stage, stage)
+    has_model, has_data = "--model" in given, "--data" in given
+    if "--help" in typed or (has_model and has_data):
+        return _as_flags(STAGES[stage]())
+    if has_model or has_data:
+        present, absent = ("--model", "--data") if has_model else ("--data", "--model")
+        raise ValueError(
+            f"{present} is given without {absent}; give both, or neither for the embedded "
+            "base and cohort"
+        )
+    if stage not in EMBEDDED:
+        raise ValueError(f"--stage {stage} needs --model and --data")
+    return _as_flags(EMBEDDED[stage]())
+
+
+def saved_config(out: Path) -> RunConfig:
+    """The config that a run began with."""
+    run = read_json(out / RUN_FILE)
+    if not isinstance(run, dict) or not isinstance(run.get("config"), dict):
+        raise ValueError(f"{out / RUN_FILE} is not the record of a run")
+    return from_dict(run["config"])
+
+
+def _as_flags(config: RunConfig) -> TrainFlags:
+    fields = dataclasses.fields(RunConfig)
+    return TrainFlags(**{field.name: getattr(config, field.name) for field in fields})
+
+
+def _field(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+# Files --------------------------------------------------------------------------------------------
+
+
+def _is_json(path: str | None) -> bool:
+    return path is not None and Path(path).suffix == ".json"
+
+
+def _file_flags(typed: Flags, known: Mapping[str, Any]) -> Flags:
+    """The settings of --config as flags that were not typed."""
+    if "--config" not in typed:
+        return {}
+    path = Path(typed["--config"][0])
+    if not path.is_file():
+        raise ValueError(f"--config {path} does not exist or is not a file")
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise ValueError(f"--config {path} is larger than {_MAX_CONFIG_BYTES} bytes")
+    if _is_json(str(path)):
+        content = read_json(path)
+        if isinstance(content, dict):
+            content = content.get("config", content)
+    else:
+        content = _read_yaml(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path} must hold settings by name, such as lr: 3e-4")
+    flags: Flags = {}
+    try:
+        _flatten(content, "--", known, flags)
+    except ValueError as error:
+        raise ValueError(f"--config {path}: {error}") from None
+    return {flag: values for flag, values in flags.items() if flag not in typed}
+
+
+def _flatten(
+    content: Mapping[Any, Any], prefix: str, known: Mapping[str, Any], into: Flags
+) -> None:
+    for key, value in content.items():
+        if not isinstance(key, str):
+            raise ValueError(f"the name of a setting must be text, got {key!r}; quote it")
+        name = prefix + key.replace("_", "-")
+        if isinstance(value, dict):
+            groups = {flag.rpartition(".")[0] for flag in known}
+            if name not in groups:
+                raise ValueError(f"{name} does not take a group of settings")
+            _flatten(value, f"{name}.", known, into)
+            continue
+        flag, values = _known_flag(name, known)
+        if flag in ("--config", "--resume", "--overwrite", "--debug"):
+            raise ValueError(f"{flag} belongs on the command line, not in a file")
+        if flag in into:
+            raise ValueError(f"{flag} is given twice; give it once")
+        if isinstance(value, bool):
+            values = values if value else ["no"]
+            if known[flag] is not bool:
+                raise ValueError(f"{flag} cannot be {value}; quote it if it is a name")
+        elif isinstance(value, list):
+            values = [str(item) for item in value]
+        else:
+            values = [str(value)]
+        _check_count(flag, values, known[flag])
+        into[flag] = values
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without tags, aliases (which can explode) and duplicate keys (the last would win)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not read")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"{key} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        reason = getattr(error, "problem", None) or str(error) or type(error).__name__
+        mark = getattr(error, "problem_mark", None)
+        line = f" in line {mark.line + 1}" if mark is not None else ""
+        reason = " ".join(reason.split())
+        raise ValueError(f"--config {path} cannot be read as YAML{line}: {reason}") from None
+
+
+# Second pass: values ------------------------------------------------------------------------------
+
+
+def parse(kind: type[Settings], flags: Flags, *, default: Settings, prog: str) -> Settings:
+    """Let tyro turn the flags' values into settings over `default`.
+
+    Raises ValueError naming the flag whose value is not of its type; SystemExit(0) after --help.
+    """
+    import tyro  # here, so that the room imports without it
+
+    known = flag_types(kind)
+    words = []
+    for flag, values in flags.items():
+        if known.get(flag) is bool and values == ["no"]:
+            words.append(f"--no-{flag.removeprefix('--')}")
+        else:
+            _check_values(flag, values, known.get(flag))
+            words += [flag, *values]
+    if "--help" in flags:
+        tyro.cli(kind, default=default, args=["--help"], prog=prog)
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(box), contextlib.redirect_stderr(box):
+            return tyro.cli(kind, default=default, args=words, prog=prog)
+    except SystemExit:
+        # Nothing is known to arrive here; if something does, its words are better than none.
+        words = re.sub(r"[^\x20-\x7e]|--+(?!\w)", " ", box.getvalue()).split()
+        raise ValueError(f"the command line cannot be read: {' '.join(words)}") from None
+
+
+def _check_values(flag: str, values: list[str], hint: Any) -> None:
+    if typing.get_origin(hint) is tuple or hint in (None, bool):
+        return
+    if not _fits(hint, values[0]):
+        choices = [str(choice) for part in _parts(hint) for choice in typing.get_args(part)]
+        near = difflib.get_close_matches(values[0], choices, n=1)
+        guess = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{flag} must be {_describe(hint)}, got {values[0]!r}{guess}")
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    """The members of a union, or the one type."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def _fits(hint: Any, word: str) -> bool:
+    """Whether a word can be read as the type, a Literal's choice, None, or one of a union."""
+    for part in _parts(hint):
+        if part is type(None):
+            fits = word == "None"
+        elif typing.get_origin(part) is typing.Literal:
+            fits = word in typing.get_args(part)
+        else:
+            try:
+                part(word)
+            except ValueError:
+                fits = False
+            else:
+                fits = True
+        if fits:
+            return True
+    return False
+
+
+def _describe(hint: Any) -> str:
+    """A type in words: "a whole number or None"."""
+    words = {int: "a whole number", float: "a number", str: "text", type(None): "None"}
+    return " or ".join(
+        "one of " + ", ".join(typing.get_args(part)) if part not in words else words[part]
+        for part in _parts(hint)
+    )
+
+
+def _check_used(flag: str, config: RunConfig) -> None:
+    """Refuse a flag that would change nothing in the run that was asked for."""
+    is_downstream = config.stage == "downstream"
+    reason = None
+    if flag.startswith("--lora.") and config.adapter != "lora":
+        reason = f"a setting of --adapter lora, but --adapter is {config.adapter}"
+    elif flag in ("--truncate", "--class-weights") and not is_downstream:
+        reason = f"a setting of --stage downstream, but --stage is {config.stage}"
+    elif flag == "--label-column" and config.task != "label":
+        reason = "a setting of --stage downstream --task label"
+    elif flag in ("--text-column", "--patient-column") and config.task == "mor":
+        reason = "a setting of tables, but --task mor reads the columns of MIMIC-III"
+    elif flag == "--test-share" and config.splits is not None:
+        reason = "not used when --splits lists the patients of the test"
+    if reason is not None:
+        raise ValueError(f"{flag} would have no effect: it is {reason}; leave it out")

@@ -1,0 +1,314 @@
+"""The settings of a run: frozen dataclasses whose field names are the command line's flags.
+
+`--lora.r 16` is `RunConfig.lora.r`. Every value is checked where it lives, so a config that exists
+is usable whether it came from a flag, a YAML file, a `run.json` or a test. The docstring under a
+field is what `--help` prints.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Stage = Literal["pretrain", "clinical", "downstream"]
+Task = Literal["mor", "label"]
+Adapter = Literal["lora", "none", "full"]
+BaseDtype = Literal["float32", "bfloat16"]
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+def _check(flag: str, value: float | None, allowed: str, holds: bool) -> None:
+    """Raise ValueError naming the flag unless `holds`; a value of None is "not set" and passes."""
+    if value is not None and not (math.isfinite(value) and holds):
+        raise ValueError(f"{flag} must be {allowed}, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraSettings:
+    """Low-rank adapters (--adapter lora); checked by the RunConfig that holds them."""
+
+    r: int = 16
+    """Rank of the update."""
+    alpha: float = 32.0
+    """The update is scaled by alpha / r."""
+    dropout: float = 0.0
+    """Share of an adapter's inputs set to zero while training."""
+    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+    """Names of the linear layers that are adapted, or all-linear."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) instead."""
+
+    def check(self) -> None:
+        """Raise ValueError naming the flag whose value is out of range."""
+        _check("--lora.r", self.r, "a whole number from 1 to 65536", 1 <= self.r <= 65536)
+        _check("--lora.alpha", self.alpha, "a number above 0", self.alpha > 0)
+        _check("--lora.dropout", self.dropout, "from 0 to below 1", 0 <= self.dropout < 1)
+        if not self.target_modules:
+            raise ValueError(
+                "--lora.target-modules must name at least one layer, got none; "
+                "for example: q_proj v_proj, or all-linear"
+            )
+        if len(set(self.target_modules)) != len(self.target_modules):
+            raise ValueError(
+                "--lora.target-modules must name each layer once, got "
+                + " ".join(self.target_modules)
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimSettings:
+    """AdamW and its learning-rate schedule; checked by the RunConfig that holds them."""
+
+    schedule: Schedule = "linear"
+    """How the learning rate falls after the warm-up: not, in a line to 0, in half a cosine to 0."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate climbs in a line to --lr."""
+    beta1: float = 0.9
+    """Decay of the gradient's running mean."""
+    beta2: float = 0.999
+    """Decay of the squared gradient's running mean."""
+    eps: float = 1e-8
+    """Added to the root of the squared gradient's mean."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of matrices; vectors (norms) never decay."""
+    clip: float | None = 1.0
+    """Largest norm of the whole gradient; None to leave it as it is."""
+
+    def check(self) -> None:
+        """Raise ValueError naming the flag whose value is out of range."""
+        _check("--optim.warmup-steps", self.warmup_steps, "0 or more", self.warmup_steps >= 0)
+        _check("--optim.beta1", self.beta1, "from 0 to below 1", 0 <= self.beta1 < 1)
+        _check("--optim.beta2", self.beta2, "from 0 to below 1", 0 <= self.beta2 < 1)
+        _check("--optim.eps", self.eps, "a number above 0", self.eps > 0)
+        _check("--optim.weight-decay", self.weight_decay, "0 or more", self.weight_decay >= 0)
+        _check("--optim.clip", self.clip, "above 0, or None", self.clip is None or self.clip > 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """One training run."""
+
+    stage: Stage
+    """What is done: pretrain trains a base, clinical adapts one to notes, downstream classifies."""
+    task: Task | None = None
+    """Downstream only: mor (in-hospital mortality, MIMIC-III folder) or label (a table's column)."""
+
+    model: str | None = None
+    """Folder of the base model: config.json, safetensors, tokenizer."""
+    from_scratch: bool = False
+    """Pretrain only: draw the weights from config.json instead of reading them."""
+    tokenizer_preset: str | None = None
+    """Special tokens of a family whose files do not state them: llama or pmc-llama."""
+    base_dtype: BaseDtype | None = None
+    """How the base is held. Default: bfloat16 when it is frozen on a GPU that has it, else float32."""
+
+    data: str | None = None
+    """Notes: CSV, JSON lines or Parquet table, folder of text files, or MIMIC folder."""
+    text_column: str | None = None
+    """Column of the notes' text. Default: text, the name in MIMIC-IV-Note."""
+    label_column: str | None = None
+    """Column of the labels (--task label)."""
+    patient_column: str | None = None
+    """Column of the patients' ids, which then decide the split."""
+    splits: str | None = None
+    """Folder with one list of patient ids per split: train.csv, validation.csv, test.csv."""
+    test_share: float = 0.1
+    """Share of patients (or texts) held out for the test, in tenths."""
+    max_length: int = 512
+    """Longest segment in tokens: longer notes are cut into pieces (language modelling) or truncated."""
+    truncate: Literal["head", "tail", "both"] = "head"
+    """Which end of a note longer than --max-length a classifier keeps."""
+    cache_dir: str | None = None
+    """Folder of the token caches. Default: token-cache beside the run folder."""
+    workers: int | None = None
+    """Processes that tokenise. Default: one per core."""
+
+    adapter: Adapter = "lora"
+    """What is added and trained: lora; none (the head and the init adapter); full (all weights)."""
+    init_adapter: str | None = None
+    """A finished run's folder or a PEFT folder, loaded as the adapter "clinical"."""
+    freeze_init_adapter: bool = False
+    """Leave the init adapter as it is."""
+    lora: LoraSettings = field(default_factory=LoraSettings)
+
+    batch_tokens: int | None = None
+    """Tokens per optimiser step, over all ranks."""
+    batch_size: int | None = None
+    """Notes (or pieces of notes) per optimiser step, over all ranks, instead of --batch-tokens."""
+    micro_tokens: int = 8192
+    """Most tokens that pass through the model at once; a step is made of as many passes as needed."""
+    steps: int | None = None
+    """Optimiser steps."""
+    epochs: float | None = None
+    """Passes over the training data, instead of --steps."""
+    lr: float
+    """Highest learning rate."""
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    class_weights: bool = True
+    """Downstream only: weigh classes by N / (K * count) in the training loss."""
+    gradient_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, more time."""
+    seed: int = 0
+    """Decides initial weights, order of the data and dropout."""
+    device: str | None = None
+    """cpu, cuda or cuda:N. Default: the GPU if there is one."""
+
+    eval_every: int | None = None
+    """Steps between two validations. Default: five in a run. The last step always validates."""
+    eval_tokens: int = 200_000
+    """Tokens of the validation notes that are scored (always the same ones)."""
+    checkpoint_every: int | None = None
+    """Steps between two checkpoints. Default: at each validation."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay, beside the best one."""
+    keep: Literal["best", "last"] = "best"
+    """Whether the files of the finished run hold the weights of the best validation or the last."""
+    out: str
+    """The run's folder."""
+
+    def __post_init__(self) -> None:
+        self.lora.check()
+        self.optim.check()
+        tenths = self.test_share * 10
+        _check("--max-length", self.max_length, "at least 2", self.max_length >= 2)
+        _check(
+            "--test-share",
+            self.test_share,
+            "a whole number of tenths from 0.1 to 0.8",
+            1 <= round(tenths) <= 8 and abs(tenths - round(tenths)) < 1e-9,
+        )
+        _check("--workers", self.workers, "at least 1", self.workers is None or self.workers >= 1)
+        for flag, whole in (
+            ("--batch-tokens", self.batch_tokens),
+            ("--batch-size", self.batch_size),
+            ("--micro-tokens", self.micro_tokens),
+            ("--steps", self.steps),
+            ("--eval-every", self.eval_every),
+            ("--eval-tokens", self.eval_tokens),
+            ("--checkpoint-every", self.checkpoint_every),
+            ("--keep-checkpoints", self.keep_checkpoints),
+        ):
+            _check(flag, whole, "at least 1", whole is None or whole >= 1)
+        _check("--epochs", self.epochs, "above 0", self.epochs is None or self.epochs > 0)
+        _check("--lr", self.lr, "above 0", self.lr > 0)
+        _check("--seed", self.seed, "from 0 to 2**31 - 1", 0 <= self.seed < 2**31)
+        self._check_pairs()
+        self._check_stage()
+
+    def _check_pairs(self) -> None:
+        if (self.batch_tokens is None) == (self.batch_size is None):
+            raise ValueError(
+                "give --batch-tokens or --batch-size, one of the two: got "
+                f"{self.batch_tokens} and {self.batch_size}"
+            )
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"give --steps or --epochs, one of the two: got {self.steps} and {self.epochs}"
+            )
+        if self.micro_tokens < self.max_length:
+            raise ValueError(
+                f"--micro-tokens must be at least --max-length ({self.max_length}), "
+                f"got {self.micro_tokens}"
+            )
+        if self.batch_tokens is not None and self.batch_tokens < self.max_length:
+            raise ValueError(
+                f"--batch-tokens must be at least --max-length ({self.max_length}), "
+                f"got {self.batch_tokens}"
+            )
+        if self.steps is not None and self.optim.warmup_steps > self.steps:
+            raise ValueError(
+                f"--optim.warmup-steps must be at most --steps ({self.steps}), "
+                f"got {self.optim.warmup_steps}"
+            )
+
+    def _check_stage(self) -> None:
+        if self.stage == "downstream":
+            if self.task is None:
+                raise ValueError("--stage downstream needs --task: mor or label")
+            if self.task == "label" and self.label_column is None:
+                raise ValueError("--task label needs --label-column, the column of the labels")
+        elif self.task is not None:
+            raise ValueError(f"--task belongs to --stage downstream, not to --stage {self.stage}")
+        if self.stage == "pretrain" and self.adapter != "full":
+            raise ValueError(
+                f"--stage pretrain trains all weights: --adapter must be full, got {self.adapter}"
+            )
+        if self.from_scratch and self.stage != "pretrain":
+            raise ValueError(f"--from-scratch belongs to --stage pretrain, not to {self.stage}")
+        if self.adapter == "full" and self.base_dtype == "bfloat16":
+            raise ValueError(
+                "--adapter full needs --base-dtype float32: AdamW's small steps are lost in "
+                "bfloat16 weights"
+            )
+        if self.init_adapter is None and self.freeze_init_adapter:
+            raise ValueError("--freeze-init-adapter needs --init-adapter")
+        if self.init_adapter is not None and self.adapter == "full":
+            raise ValueError(
+                "--init-adapter cannot go with --adapter full: merge the adapter into the base "
+                "first, or choose --adapter lora or none"
+            )
+        if self.stage == "clinical":
+            if self.init_adapter is not None and self.adapter == "lora":
+                raise ValueError(
+                    '--stage clinical names its adapter "clinical", and so does --init-adapter: '
+                    "continue that one with --adapter none"
+                )
+            if self.adapter == "none" and (self.init_adapter is None or self.freeze_init_adapter):
+                raise ValueError(
+                    "--stage clinical --adapter none trains nothing: add an --init-adapter that "
+                    "is not frozen, or choose --adapter lora or full"
+                )
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The config as JSON values: nested dictionaries, tuples as lists."""
+    plain = dataclasses.asdict(config)
+    plain["lora"]["target_modules"] = list(config.lora.target_modules)
+    return plain
+
+
+def from_dict(values: dict[str, Any]) -> RunConfig:
+    """The config that `to_dict` wrote; unknown, missing and wrongly typed settings are refused."""
+    config = _build(RunConfig, values, "")
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def _build(kind: type, values: object, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"setting {prefix.rstrip('.')} must be a group of settings")
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    missing = sorted(set(hints) - set(values))
+    if unknown or missing:
+        found = f"unknown {', '.join(unknown)}" if unknown else f"missing {', '.join(missing)}"
+        raise ValueError(f"settings of another version ({found}); start a new run")
+    arguments = {}
+    for name, hint in hints.items():
+        value = values[name]
+        if dataclasses.is_dataclass(hint):
+            assert isinstance(hint, type)
+            value = _build(hint, value, f"{prefix}{name}.")
+        elif typing.get_origin(hint) is tuple:
+            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+                raise ValueError(f"setting {prefix}{name} must be a list of names")
+            value = tuple(value)
+        elif not _is_one_of(hint, value):
+            raise ValueError(f"setting {prefix}{name} has a wrong value: {value!r}")
+        arguments[name] = value
+    return kind(**arguments)
+
+
+def _is_one_of(hint: Any, value: object) -> bool:
+    """Whether a JSON value fits `int`, `float`, `bool`, `str`, None, a Literal or their union."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return any(_is_one_of(part, value) for part in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)

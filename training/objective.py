@@ -1,0 +1,117 @@
+"""What a stage optimises: how a packed batch becomes a summed loss and its denominator.
+
+The loop knows nothing of language modelling or classification; it asks an objective for the
+denominator of every micro-batch of a step, and then for their summed losses one by one. Invariant:
+`denominator` is a number of the host that needs no forward pass and equals `loss(...).denominator`.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.packing import PackedBatch
+from model.batch import TokenBatch
+from model.heads import CausalLM, Loss, SequenceClassifier
+
+
+class Objective(Protocol):
+    """A model and the loss it is trained with."""
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    def denominator(self, batch: PackedBatch) -> float:
+        """The weight of a micro-batch: scored tokens, summed class weights, or rows x labels."""
+        ...
+
+    def loss(self, batch: PackedBatch, *, dropout_seed: int | None) -> Loss:
+        """Forward pass; `dropout_seed` is None in validation."""
+        ...
+
+
+class LanguageModelling:
+    """Cross-entropy of every next token inside its segment."""
+
+    def __init__(
+        self, model: CausalLM, device: torch.device, *, gradient_checkpointing: bool = False
+    ) -> None:
+        self.model = model
+        self._device = device
+        self._gradient_checkpointing = gradient_checkpointing
+
+    def denominator(self, batch: PackedBatch) -> float:
+        assert batch.labels is not None
+        return float(np.count_nonzero(batch.labels != -100))
+
+    def loss(self, batch: PackedBatch, *, dropout_seed: int | None) -> Loss:
+        return self.model(
+            to_device(batch, self._device),
+            torch.from_numpy(batch.labels),  # stays on the host, where its rows are counted
+            dropout_seed=dropout_seed,
+            checkpoint_blocks=self._gradient_checkpointing and torch.is_grad_enabled(),
+        )
+
+
+class Classification:
+    """Cross-entropy of each note's class; each class weighs `class_weights`, or 1."""
+
+    def __init__(
+        self,
+        model: SequenceClassifier,
+        device: torch.device,
+        *,
+        class_weights: np.ndarray | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        self.model = model
+        self._device = device
+        self._gradient_checkpointing = gradient_checkpointing
+        self._class_weights = class_weights
+
+    def denominator(self, batch: PackedBatch) -> float:
+        assert batch.targets is not None
+        if batch.targets.ndim == 2:
+            return float(batch.targets.size)
+        if self._class_weights is None:
+            return float(len(batch.targets))
+        return float(self._class_weights[batch.targets].sum())
+
+    def loss(self, batch: PackedBatch, *, dropout_seed: int | None) -> Loss:
+        weights = self._class_weights
+        return self.model(
+            to_device(batch, self._device),
+            torch.from_numpy(batch.targets),
+            class_weights=None if weights is None else torch.from_numpy(weights),
+            dropout_seed=dropout_seed,
+            checkpoint_blocks=self._gradient_checkpointing and torch.is_grad_enabled(),
+        )
+
+    def scores(self, batch: PackedBatch) -> Tensor:
+        """Logits [n, C] of the notes of a batch, which may lack labels."""
+        return self.model.scores(to_device(batch, self._device))
+
+
+def to_device(batch: PackedBatch, device: torch.device) -> TokenBatch:
+    """The tokens of a packed batch, on the device."""
+    return TokenBatch.from_arrays(batch.input_ids, batch.offsets, batch.sample_ids).to(device)
+
+
+def balanced_class_weights(counts: np.ndarray) -> np.ndarray:
+    """N / (K count_c) for each of K classes with count_c of N notes; float64 [K].
+
+    Raises ValueError for a class without notes, which could never be learned.
+    """
+    if (counts == 0).any():
+        raise ValueError(
+            f"{int((counts == 0).sum())} of {len(counts)} classes have no note in the training "
+            "part; leave their notes out, or split the data differently"
+        )
+    return counts.sum() / (len(counts) * counts)
+
+
+def trainable_parameters(model: nn.Module) -> Mapping[str, nn.Parameter]:
+    """The parameters that an update may change, by name, in a fixed order."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}

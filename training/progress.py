@@ -1,0 +1,139 @@
+"""What a run says while it works: a bar on a terminal, plain lines elsewhere, and metric files.
+
+`metrics.jsonl` has one JSON object per optimiser step and one per validation. It is written line by
+line, and its size is part of every checkpoint, so a resumed run cuts off what the interrupted one
+wrote after its last checkpoint. Invariant: nothing here has ever seen a note, only numbers.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+_SECONDS_BETWEEN_LINES = 10.0
+_STEPS_FOR_SPEED = 50  # window of the shown tokens/s
+
+
+class Progress:
+    """The voice of the first rank; the other ranks get a silent one (`folder=None`)."""
+
+    def __init__(
+        self, folder: Path | None, *, total_steps: int, first_step: int, metrics_bytes: int
+    ) -> None:
+        self._silent = folder is None
+        self._total_steps = total_steps
+        self._first_step = first_step
+        self._started = time.perf_counter()
+        self._recent: list[tuple[float, int]] = []  # (time at the end of a step, tokens of it)
+        self._last_line = 0.0
+        self._metrics: TextIO | None = None
+        self._board: Any = None
+        self._bar: Any = None
+        if folder is None:
+            return
+        self._metrics = _open_at(folder / "metrics.jsonl", metrics_bytes)
+        summary_writer = _tensorboard()
+        if summary_writer is not None:
+            self._board = summary_writer.SummaryWriter(
+                str(folder / "tensorboard"), purge_step=first_step + 1
+            )
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
+
+    def step(self, step: int, *, tokens: int, metrics: Mapping[str, float]) -> None:
+        """Record one optimiser step that ended just now."""
+        if self._silent:
+            return
+        now = time.perf_counter()
+        self._recent = [*self._recent[-_STEPS_FOR_SPEED:], (now, tokens)]
+        speed = self._tokens_per_second()
+        self._write({"step": step, **metrics, "tokens_per_second": round(speed, 1)})
+        shown = (
+            f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
+            f"norm {metrics['gradient_norm']:.3f}  {speed:,.0f} tokens/s"
+        )
+        if self._bar is not None:
+            self._bar.set_postfix_str(shown, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif now - self._last_line >= _SECONDS_BETWEEN_LINES or step in (
+            self._first_step + 1,
+            self._total_steps,
+        ):
+            self._last_line = now
+            self.say(f"step {step}/{self._total_steps}  {shown}  left {self._time_left(step, now)}")
+
+    def validation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the result of a validation."""
+        if self._silent:
+            return
+        self._write({"step": step, **{f"validation_{k}": v for k, v in metrics.items()}})
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self.say(f"step {step}/{self._total_steps}  validation: {shown}")
+
+    def say(self, line: str) -> None:
+        """Print one line, above the bar where there is one."""
+        if self._silent:
+            return
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def sync(self) -> int:
+        """Force the metrics to the disk; returns their size in bytes, which a checkpoint keeps."""
+        if self._metrics is None:
+            return 0
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+        return self._metrics.tell()
+
+    def close(self) -> None:
+        for each in (self._bar, self._board, self._metrics):
+            if each is not None:
+                each.close()
+
+    def _write(self, record: Mapping[str, float]) -> None:
+        assert self._metrics is not None
+        self._metrics.write(json.dumps(dict(record)) + "\n")
+        self._metrics.flush()
+        if self._board is not None:
+            for name, value in record.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, int(record["step"]))
+
+    def _tokens_per_second(self) -> float:
+        """Over the last steps; the first step is measured from the start of the loop."""
+        began = self._started if len(self._recent) < 2 else self._recent[0][0]
+        counted = self._recent if len(self._recent) < 2 else self._recent[1:]
+        return sum(tokens for _, tokens in counted) / max(1e-9, self._recent[-1][0] - began)
+
+    def _time_left(self, step: int, now: float) -> str:
+        per_step = (now - self._started) / max(1, step - self._first_step)
+        seconds = round(per_step * (self._total_steps - step))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def _open_at(path: Path, size: int) -> TextIO:
+    """Open for appending after the first `size` bytes; what stood behind them is cut off."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+    if os.fstat(descriptor).st_size < size:
+        os.close(descriptor)
+        raise ValueError(f"{path} is shorter than when the checkpoint was written; it was changed")
+    os.truncate(descriptor, size)
+    os.lseek(descriptor, size, os.SEEK_SET)
+    return os.fdopen(descriptor, "w", encoding="ascii")
+
+
+def _tensorboard() -> ModuleType | None:
+    """TensorBoard's writer where the extra is installed."""
+    try:
+        import torch.utils.tensorboard as tensorboard
+    except ImportError:
+        return None
+    return tensorboard

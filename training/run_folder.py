@@ -1,0 +1,96 @@
+"""The folder of a run: who may use it, what lies in it, and how it is written.
+
+    run.json           resolved config, versions, fingerprints of data and base, counts, outcome
+    metrics.jsonl      one line per optimiser step and per validation
+    tensorboard/       the same numbers, where TensorBoard is installed
+    checkpoints/       see `training.checkpoint`
+    adapter/NAME/      each adapter as a PEFT folder, or
+    model/             all weights in Hugging Face layout
+    head.safetensors   a classifier's head
+    eval/              what eval.py writes
+
+Everything in it derives from patients' notes, so the folder is 0700 and its files are 0600.
+Invariant: a folder that holds something else is never written to and never deleted from.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+RUN_FILE = "run.json"
+_CONTENTS = {
+    RUN_FILE, "metrics.jsonl", "tensorboard", "checkpoints", "adapter", "model",
+    "head.safetensors", "eval",
+}  # fmt: skip
+
+
+def check_out(out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a run folder that cannot be used as asked, before any work is done.
+
+    Raises ValueError for a folder that is in use, not ours, or not there to resume.
+    """
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other: choose one")
+    if out.is_symlink():
+        raise ValueError(f"--out {out} is a symbolic link; name the folder itself")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder")
+    if out.exists() and out.stat().st_uid != os.getuid():
+        raise ValueError(f"--out {out} belongs to another user; name a folder of your own")
+    contents = {entry.name for entry in out.iterdir()} if out.exists() else set()
+    if resume:
+        if RUN_FILE not in contents:
+            raise ValueError(f"--resume: there is no run in {out}; leave --resume out to start one")
+    elif contents:
+        if RUN_FILE not in contents:
+            raise ValueError(
+                f"--out {out} is not empty and not a run's folder; name a new or an empty folder"
+            )
+        if not overwrite:
+            raise ValueError(
+                f"--out {out} already holds a run: continue it with --resume, replace it with "
+                "--overwrite, or name another folder"
+            )
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the folder for this process alone; the lock ends with the process, however it dies.
+
+    Raises ValueError if another process holds it.
+    """
+    out.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.chmod(out, 0o700)
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--out {out} is in use by another run; wait for it to end") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def private_files() -> Iterator[None]:
+    """Create every file and folder for its owner alone."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def clear(out: Path) -> None:
+    """Delete the run in `out`: its own files, nothing else."""
+    # Last of all the file that says that this is a run, so a killed deletion can be repeated.
+    for name in sorted(_CONTENTS, key=lambda name: name == RUN_FILE):
+        path = out / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)

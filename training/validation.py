@@ -1,0 +1,69 @@
+"""Validation during training: the loss, and for classifiers a score, over always the same notes.
+
+Invariant: the result does not depend on the number of ranks beyond rounding, because every note is
+scored once: losses are summed, and each rank fills its own rows of one table of scores.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+
+from data.loader import iter_batches
+from data.packing import ClassificationNotes, LanguagePieces
+from training.objective import Classification, LanguageModelling
+from training.parallel import Ranks
+
+# (labels int64 [n], logits float64 [n, C], names of the C classes) -> numbers by name.
+Score = Callable[[np.ndarray, np.ndarray, Sequence[str]], Mapping[str, float]]
+
+
+@torch.inference_mode()
+def validate_language(
+    objective: LanguageModelling, pieces: LanguagePieces, ranks: Ranks, *, micro_tokens: int
+) -> dict[str, float]:
+    """Mean loss per scored token, and its exponential, the perplexity."""
+    loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    scored = 0.0
+    batches = iter_batches(
+        pieces, micro_tokens=micro_tokens, rank=ranks.rank, world_size=ranks.count
+    )
+    for batch in batches:
+        loss = objective.loss(batch, dropout_seed=None)
+        loss_sum += loss.loss_sum
+        scored += loss.denominator
+    total, scored = ranks.sum_floats([float(loss_sum), scored])
+    mean = total / scored
+    return {"loss": mean, "perplexity": math.exp(mean) if mean < 700.0 else math.inf}
+
+
+@torch.inference_mode()
+def validate_classifier(
+    objective: Classification,
+    notes: ClassificationNotes,
+    rows: np.ndarray,
+    ranks: Ranks,
+    *,
+    micro_tokens: int,
+    label_names: Sequence[str],
+    score: Score | None,
+) -> dict[str, float]:
+    """Mean loss per note, every note weighing the same, and what `score` says.
+
+    rows: [n], the notes' rows in the cache, in the order of `notes`.
+    """
+    labels, logits_nC = np.zeros(len(rows), np.int64), np.zeros((len(rows), len(label_names)))
+    by_row = np.argsort(rows)
+    batches = iter_batches(
+        notes, micro_tokens=micro_tokens, rank=ranks.rank, world_size=ranks.count
+    )
+    for batch in batches:
+        place = by_row[np.searchsorted(rows, batch.rows, sorter=by_row)]
+        labels[place] = batch.targets
+        logits_nC[place] = objective.scores(batch).double().cpu().numpy()
+    labels, logits_nC = ranks.sum_array(labels), ranks.sum_array(logits_nC)
+    highest = logits_nC.max(axis=1)
+    partition = highest + np.log(np.exp(logits_nC - highest[:, None]).sum(axis=1))
+    loss = float((partition - logits_nC[np.arange(len(rows)), labels]).mean())
+    return {"loss": loss, **(score(labels, logits_nC, label_names) if score else {})}
