@@ -31,7 +31,7 @@ from data.worker import EncodedTexts, Worker, encode_texts
 
 FORMAT = 1
 BLOCK_CHARACTERS = 1 << 19
-BLOCK_NOTES = 1 << 14
+BLOCK_NOTES = 1 << 12
 BLOCKS_BEFORE_WORKERS = 4  # a smaller source is done before the processes would have started
 LABEL_LIMIT = 10_000
 
@@ -294,10 +294,10 @@ class _Writer:
         }
         for file in self._files.values():
             os.fsync(file.fileno())
-        with open(self._folder / "meta.json", "x", encoding="utf-8", opener=_private) as file:
-            json.dump(meta, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        with open(self._folder / "meta.json", "xb", opener=_private) as meta_file:
+            meta_file.write(json.dumps(meta, indent=1).encode())
+            meta_file.flush()
+            os.fsync(meta_file.fileno())
 
     def _append(self, name: str, values: np.ndarray) -> None:
         self._files[name].write(values.tobytes())

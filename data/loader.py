@@ -17,7 +17,8 @@ import numpy as np
 
 from data.packing import PackedBatch, SegmentDataset
 
-_ROUNDS = 6
+ROUNDS = 6  # of the Feistel network
+WINDOW = 4096  # segments put in order at once
 
 
 class Permutation:
@@ -28,7 +29,7 @@ class Permutation:
         self._half_bits = np.uint64(max((max(count - 1, 1).bit_length() + 1) // 2, 1))
         self._mask = np.uint64((1 << int(self._half_bits)) - 1)
         key = _mix(_mix(np.array([seed % (1 << 64)], np.uint64)) + np.uint64(epoch))
-        self._keys = _mix(key + np.arange(1, _ROUNDS + 1, dtype=np.uint64))
+        self._keys = _mix(key + np.arange(1, ROUNDS + 1, dtype=np.uint64))
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """What stands at each position: int64 [n] -> int64 [n]."""
@@ -86,13 +87,12 @@ class Loader:
             raise ValueError("there is nothing to train on: no note is left after the split")
         assert 0 <= rank < world_size
         self._dataset = dataset
-        self._batch_tokens = batch_tokens
-        self._batch_size = batch_size
+        self._by_tokens = batch_tokens is not None
+        self._limit = batch_tokens or batch_size or 0
         self._micro_tokens = micro_tokens
         self._seed = seed
         self._rank = rank
         self._world_size = world_size
-        self._window = 64  # segments looked at for a step, as many as the steps before needed
         self._go_to(0, 0)
 
     @property
@@ -102,7 +102,7 @@ class Loader:
 
     def next_step(self) -> list[PackedBatch]:
         """This rank's micro-batches of the next step; empty if it has fewer segments than ranks."""
-        indices = self._take(self._order, self._position)
+        indices = next(self._steps)
         if self._position + len(indices) < len(self._dataset):
             self._position += len(indices)
         else:
@@ -118,15 +118,7 @@ class Loader:
 
     def steps_per_epoch(self, epoch: int = 0) -> int:
         """Steps of an epoch; measured in tokens it differs a little between epochs."""
-        count = len(self._dataset)
-        if self._batch_size is not None:
-            return -(-count // self._batch_size)
-        order = Permutation(count, self._seed, epoch)
-        steps = position = 0
-        while position < count:
-            position += len(self._take(order, position))
-            steps += 1
-        return steps
+        return sum(1 for _ in self._epoch_steps(epoch, 0))
 
     def state(self) -> dict[str, Any]:
         """The position as plain numbers; the same on every rank."""
@@ -155,20 +147,28 @@ class Loader:
     def _go_to(self, epoch: int, position: int) -> None:
         self._epoch = epoch
         self._position = position
-        self._order = Permutation(len(self._dataset), self._seed, epoch)
+        self._steps = self._epoch_steps(epoch, position)
 
-    def _take(self, order: Permutation, position: int) -> np.ndarray:
-        """The segments of the step that begins at a position: int64 [n]."""
+    def _epoch_steps(self, epoch: int, position: int) -> Iterator[np.ndarray]:
+        """The segments of each step of an epoch, from a position on: int64 [n] each."""
         count = len(self._dataset)
-        if self._batch_size is not None:
-            return order(np.arange(position, min(position + self._batch_size, count)))
-        while True:
-            end = min(position + self._window, count)
-            indices = order(np.arange(position, end))
-            fits = int((np.cumsum(self._dataset.lengths(indices)) <= self._batch_tokens).sum())
-            if fits < len(indices) or end == count:
-                return indices[: max(fits, 1)]
-            self._window *= 2
+        order = Permutation(count, self._seed, epoch)
+        window = WINDOW
+        while position < count:
+            indices = order(np.arange(position, min(position + window, count)))
+            costs = self._dataset.lengths(indices) if self._by_tokens else np.ones_like(indices)
+            spent = np.cumsum(costs)
+            begin = 0
+            while begin < len(indices):
+                budget = self._limit + (spent[begin - 1] if begin else 0)
+                end = max(int(np.searchsorted(spent, budget, side="right")), begin + 1)
+                if end == len(indices) and position + end < count:
+                    break  # the step may go on behind the window
+                yield indices[begin:end]
+                begin = end
+            position += begin
+            if begin == 0:
+                window *= 2
 
 
 def iter_batches(
@@ -178,15 +178,17 @@ def iter_batches(
     `world_size`-th batch. For evaluation."""
     _check_micro_tokens(dataset, micro_tokens)
     position = number = 0
-    window = max(micro_tokens // dataset.max_length, 1) * 4
     while position < len(dataset):
-        indices = np.arange(position, min(position + window, len(dataset)))
-        lengths = dataset.lengths(indices)
-        for part in _fill(np.arange(len(indices)), lengths, micro_tokens):
+        # One segment more than can fit: all batches but the last are known to be full.
+        indices = np.arange(position, min(position + micro_tokens + 1, len(dataset)))
+        parts = list(_fill(np.arange(len(indices)), dataset.lengths(indices), micro_tokens))
+        if indices[-1] + 1 < len(dataset):
+            parts.pop()
+        for part in parts:
             if number % world_size == rank:
                 yield dataset.batch(indices[part])
             number += 1
-        position += len(indices)
+            position += len(part)
 
 
 def deal(lengths: np.ndarray, ranks: int) -> np.ndarray:

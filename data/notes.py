@@ -18,7 +18,7 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 LINE_LIMIT = 1 << 26  # bytes in a line, characters in a field: far above any note, far below memory
 FORMATS = ".csv, .csv.gz, .jsonl, .jsonl.gz, .parquet, .txt, a folder of .txt, or MIMIC-IV-Note"
@@ -336,21 +336,21 @@ def _lines(path: Path) -> Iterator[str]:
         raw.seek(0)
         if path.suffix.lower() == ".gz" and not packed and path.stat().st_size > 0:
             raise ValueError(f"{path}: named .gz, but not a gzip file; rename it, or pack it")
-        with gzip.GzipFile(fileobj=raw) if packed else raw as file:
-            lines_before = 0
-            for block in _whole_lines(path, file):
-                try:
-                    text = block.decode()
-                except UnicodeDecodeError as error:
-                    line = lines_before + block.count(b"\n", 0, error.start) + 1
-                    raise _not_utf8(path, f"line {line}") from None
-                if lines_before == 0:
-                    text = text.removeprefix("\ufeff")
-                yield from io.StringIO(text, newline="\n")
-                lines_before += block.count(b"\n")
+        file = gzip.GzipFile(fileobj=raw) if packed else raw
+        lines_before = 0
+        for block in _whole_lines(path, file):
+            try:
+                text = block.decode()
+            except UnicodeDecodeError as error:
+                line = lines_before + block.count(b"\n", 0, error.start) + 1
+                raise _not_utf8(path, f"line {line}") from None
+            if lines_before == 0:
+                text = text.removeprefix("\ufeff")
+            yield from io.StringIO(text, newline="\n")
+            lines_before += block.count(b"\n")
 
 
-def _whole_lines(path: Path, file: IO[bytes]) -> Iterator[bytes]:
+def _whole_lines(path: Path, file: io.BufferedIOBase) -> Iterator[bytes]:
     """The file in blocks of about a mebibyte that end where a line ends."""
     rest = b""
     try:
@@ -429,8 +429,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _text_value(path: Path, record: int, column: str, value: Any) -> str:
     if not isinstance(value, str):
+        kind = "null" if value is None else type(value).__name__
         raise ValueError(
-            f"{path}: record {record} has a {type(value).__name__} in column {column!r}; a note "
+            f"{path}: record {record} has a {kind} in column {column!r}; a note "
             f"must be a string (an empty one is allowed)"
         )
     return _encodable(path, record, value)
@@ -473,7 +474,11 @@ def _parquet_rows(path: Path, select: str) -> Iterator[tuple[Any, ...]]:
             f"{path}: reading Parquet needs the optional library duckdb; pip install duckdb (the "
             f"extra `mimic` brings it), or convert the table to CSV"
         ) from None
-    options = {"autoinstall_known_extensions": False, "memory_limit": "1GB", "threads": 1}
+    options: dict[str, str | bool | int | float | list[str]] = {
+        "autoinstall_known_extensions": False,
+        "memory_limit": "1GB",
+        "threads": 1,
+    }
     with duckdb.connect(config=options) as connection:
         try:
             # The path goes in as a pattern: escape what would match other files.

@@ -57,16 +57,15 @@ def split_notes(
         use = _listed_use(cache, Path(lists))
         rule = f"by the patient lists in {lists}"
     else:
-        by_patient = cache.patient_digests is not None
-        use = bucket_use(test_share)[
-            buckets(cache.patient_digests if by_patient else cache.text_digests)
-        ]
-        rule = f"by {'patient' if by_patient else 'text'}, md5 modulo 10, test share {test_share:g}"
+        unit = "text" if cache.patient_digests is None else "patient"
+        use = bucket_use(test_share)[buckets(_unit_digests(cache))]
+        rule = f"by {unit}, md5 modulo 10, test share {test_share:g}"
     train, validation, test, unlisted = (
         np.flatnonzero(use == part).astype(np.uint32)
         for part in (TRAIN, VALIDATION, TEST, UNLISTED)
     )
-    training_texts = np.sort(cache.text_digests[train])
+    training_texts = cache.text_digests[train]
+    training_texts.sort()
     kept_validation = _absent(cache.text_digests, validation, training_texts)
     kept_test = _absent(cache.text_digests, test, training_texts)
     return Splits(
@@ -85,14 +84,14 @@ def buckets(digests: np.ndarray) -> np.ndarray:
 
     With the digest as high * 2**64 + low, and 2**64 = 6 modulo 10.
     """
-    halves = np.frombuffer(digests.tobytes(), ">u8").reshape(-1, 2)
+    halves = np.asarray(digests).view(">u8").reshape(-1, 2)
     return ((halves[:, 0] % 10 * 6 + halves[:, 1] % 10) % 10).astype(np.uint8)
 
 
 def bucket_use(test_share: float) -> np.ndarray:
     """What each of the ten buckets is for: uint8 [10] of TRAIN, VALIDATION and TEST."""
-    tenths = round(test_share * 10)
-    if not 1 <= tenths <= 8 or abs(tenths - test_share * 10) > 1e-9:
+    tenths = next((i for i in range(1, 9) if abs(i / 10 - test_share) < 1e-9), None)
+    if tenths is None:
         raise ValueError(f"test share is {test_share}; allowed: 0.1 to 0.8 in steps of 0.1")
     use = np.full(10, TRAIN, np.uint8)
     use[1] = VALIDATION
@@ -105,8 +104,12 @@ def patient_groups(cache: TokenCache, notes: np.ndarray) -> np.ndarray:
 
     Intervals resample these groups, since notes of one patient are not independent.
     """
-    digests = cache.text_digests if cache.patient_digests is None else cache.patient_digests
-    return np.unique(digests[notes], return_inverse=True)[1].astype(np.int64)
+    return np.unique(_unit_digests(cache)[notes], return_inverse=True)[1].astype(np.int64)
+
+
+def _unit_digests(cache: TokenCache) -> np.ndarray:
+    """Digests of what is split: patients, or texts where the source has no patients."""
+    return cache.text_digests if cache.patient_digests is None else cache.patient_digests
 
 
 def _absent(digests: np.ndarray, notes: np.ndarray, sorted_digests: np.ndarray) -> np.ndarray:

@@ -1,19 +1,22 @@
-"""Tokenizers: sentencepiece (`tokenizer.model`) and `tokenizer.json`, without special tokens of their own accord.
+"""Tokenizers: sentencepiece (`tokenizer.model`) and `tokenizer.json`, adding no special tokens.
 
-`encode` never adds BOS or EOS (packing does), and text that spells a special token stays text: a note that says
-"</s>" must not end a segment. Special ids come from the tokenizer's files; a preset fills what they lack.
+`encode` never adds BOS or EOS (packing does), and text that spells a special token stays text: a
+note that says "</s>" must not end a segment. Special ids come from the tokenizer's files; a preset
+fills what they lack.
 
-Sentencepiece BPE models are encoded word by word through a table of words already seen. This is exact where no piece
-of the vocabulary reaches over a word boundary, because BPE merges only pairs that are pieces, so the merges of two
-words cannot touch; `_word_boundaries` reads the model and allows it only then. Other models take the plain path.
+Sentencepiece BPE models are encoded word by word through a table of words already seen. This is
+exact where no piece of the vocabulary reaches over a word boundary, because BPE merges only pairs
+that are pieces, so the merges of two words cannot touch; `_word_boundaries` reads the model and
+allows it only then. Other models take the plain path.
 """
 
+import abc
 import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -38,87 +41,28 @@ PRESETS = {
 }
 
 
-class Tokenizer(Protocol):
+class Tokenizer(abc.ABC):
     """What the rest of the project asks of a tokenizer."""
 
     path: Path  # the file it was read from
     vocab_size: int  # every id is below it
     special: SpecialIds
 
-    @property
-    def bos_id(self) -> int | None: ...
-    @property
-    def eos_id(self) -> int | None: ...
-    @property
-    def pad_id(self) -> int | None: ...
-    @property
-    def unk_id(self) -> int | None: ...
-
+    @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without BOS or EOS; special-token text stays text."""
-        ...
 
+    @abc.abstractmethod
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of each text, as arrays of `token_dtype(vocab_size)`."""
-        ...
 
+    @abc.abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids."""
-        ...
 
+    @abc.abstractmethod
     def fingerprint(self) -> str:
         """SHA-256 (hex) of all that decides `encode`."""
-        ...
-
-
-def load_tokenizer(path: str | Path, preset: str | None = None) -> Tokenizer:
-    """Reads the tokenizer of a checkpoint folder, or one tokenizer file.
-
-    `tokenizer.model` is taken before `tokenizer.json` when a folder has both. Raises ValueError for a folder without
-    either, a file that is neither, a preset that is not known, and special ids outside the vocabulary.
-    """
-    if preset is not None and preset not in PRESETS:
-        raise ValueError(f"tokenizer preset {preset!r} is not known; known: {', '.join(PRESETS)}")
-    file = _tokenizer_file(Path(path))
-    if file.suffix == ".json":
-        tokenizer: _JsonTokenizer | _SentencepieceTokenizer = _JsonTokenizer(file)
-    else:
-        tokenizer = _SentencepieceTokenizer(file)
-    if preset is not None:
-        filled = (
-            own if own is not None else default
-            for own, default in zip(tokenizer.special, PRESETS[preset], strict=True)
-        )
-        tokenizer.special = SpecialIds(*filled)
-    for name, value in tokenizer.special._asdict().items():
-        if value is not None and not 0 <= value < tokenizer.vocab_size:
-            raise ValueError(
-                f"{file}: the {name} id is {value}, but ids go from 0 to {tokenizer.vocab_size - 1}; "
-                f"correct the tokenizer's configuration files"
-            )
-    return tokenizer
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest of uint16 and uint32 that holds every id."""
-    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-
-
-def _tokenizer_file(path: Path) -> Path:
-    if path.is_file():
-        return path
-    for name in ("tokenizer.model", "tokenizer.json"):
-        if (path / name).is_file():
-            return path / name
-    raise ValueError(
-        f"{path}: no tokenizer.model and no tokenizer.json here; name a checkpoint folder that has one of them"
-    )
-
-
-class _Specials:
-    """The four ids by the names their users read."""
-
-    special: SpecialIds
 
     @property
     def bos_id(self) -> int | None:
@@ -137,19 +81,65 @@ class _Specials:
         return self.special.unk
 
 
-class _SentencepieceTokenizer(_Specials):
+def load_tokenizer(path: str | Path, preset: str | None = None) -> Tokenizer:
+    """Reads the tokenizer of a checkpoint folder, or one tokenizer file.
+
+    `tokenizer.model` is taken before `tokenizer.json` when a folder has both. Raises ValueError for
+    a folder without either, a file that is neither, a preset that is not known, and special ids
+    outside the vocabulary.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"tokenizer preset {preset!r} is not known; known: {', '.join(PRESETS)}")
+    file = _tokenizer_file(Path(path))
+    kind = _JsonTokenizer if file.suffix == ".json" else _SentencepieceTokenizer
+    tokenizer: Tokenizer = kind(file)
+    if preset is not None:
+        filled = (
+            own if own is not None else default
+            for own, default in zip(tokenizer.special, PRESETS[preset], strict=True)
+        )
+        tokenizer.special = SpecialIds(*filled)
+    for name, value in tokenizer.special._asdict().items():
+        if value is not None and not 0 <= value < tokenizer.vocab_size:
+            raise ValueError(
+                f"{file}: the {name} id is {value}, but ids go from 0 to "
+                f"{tokenizer.vocab_size - 1}; correct the tokenizer's configuration files"
+            )
+    return tokenizer
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest of uint16 and uint32 that holds every id."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def _tokenizer_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    for name in ("tokenizer.model", "tokenizer.json"):
+        if (path / name).is_file():
+            return path / name
+    raise ValueError(
+        f"{path}: no tokenizer.model and no tokenizer.json here; name a checkpoint folder that has "
+        f"one of them"
+    )
+
+
+class _SentencepieceTokenizer(Tokenizer):
     """A sentencepiece model; special ids are the model's own."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         model = path.read_bytes()
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            if not model:  # sentencepiece takes it, without a piece
+                raise IndexError
             boundaries = _word_boundaries(model)
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, IndexError, UnicodeDecodeError):
             raise ValueError(
-                f"{path}: not a sentencepiece model (truncated, or another format under this name); "
-                f"fetch the file again, or name a tokenizer.json"
+                f"{path}: not a sentencepiece model (truncated, or another format under this "
+                f"name); fetch the file again, or name a tokenizer.json"
             ) from None
         self._digest = hashlib.sha256(model).hexdigest()
         self.vocab_size = self._processor.get_piece_size()
@@ -175,8 +165,8 @@ class _SentencepieceTokenizer(_Specials):
         return hashlib.sha256(f"sentencepiece {self._digest}".encode()).hexdigest()
 
 
-class _JsonTokenizer(_Specials):
-    """A `tokenizer.json`, read by the tokenizers library; special ids from the configuration files beside it."""
+class _JsonTokenizer(Tokenizer):
+    """A `tokenizer.json`, read by the tokenizers library; special ids from the files beside it."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -216,7 +206,7 @@ class _JsonTokenizer(_Specials):
         return hashlib.sha256(f"tokenizer.json {self._digest}".encode()).hexdigest()
 
     def _read_special(self, folder: Path) -> SpecialIds:
-        """Names from tokenizer_config.json, then special_tokens_map.json; ids from config.json where both lack one."""
+        """By name in tokenizer_config or special_tokens_map, else by id in config.json."""
         named = [
             _read_json(folder / n) for n in ("tokenizer_config.json", "special_tokens_map.json")
         ]
@@ -231,8 +221,8 @@ class _JsonTokenizer(_Specials):
             if content:
                 if content not in self._ids:
                     raise ValueError(
-                        f"{self.path.parent}: the {name} token named in its configuration is not in "
-                        f"{self.path.name}; the files belong to different tokenizers"
+                        f"{self.path.parent}: the {name} token named in its configuration is not "
+                        f"in {self.path.name}; the files belong to different tokenizers"
                     )
                 return self._ids[content]
         value = numbered.get(f"{name}_token_id")
@@ -262,7 +252,7 @@ class _WordBoundaries(NamedTuple):
 
 
 class _Words(dict[str, bytes]):
-    """Ids of every word seen, as the bytes of an array; a missing word is encoded by sentencepiece and kept."""
+    """Ids of the words seen, as the bytes of an array; a new word is encoded and kept."""
 
     def __init__(
         self,
@@ -316,11 +306,12 @@ _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
 
 
 def _word_boundaries(model: bytes) -> _WordBoundaries | None:
-    """Where this model's text may be cut without changing its ids; None when nowhere that is proven.
+    """Where this model's text may be cut without changing its ids; None where that is not proven.
 
-    A word is a run of spaces with the characters up to the next space, or up to and with the next newline where no
-    piece goes on after one. Asked of the model: BPE, no normalisation of characters, no user-defined pieces (they are
-    matched before the merges), and no piece with a space after another character.
+    A word is a run of spaces with the characters up to the next space, or up to and with the next
+    newline where no piece goes on after one. Asked of the model: BPE, no normalisation of
+    characters, no user-defined pieces (they are matched before the merges), and no piece with a
+    space after another character.
     """
     trainer: dict[int, int | bytes] = {}
     normalizer: dict[int, int | bytes] = {}
