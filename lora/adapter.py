@@ -31,10 +31,16 @@ class LoraAdapter(nn.Module):
         adapter: str,
         layer: str,
         seed: int,
+        ordinal: int = 0,
     ) -> None:
-        """`adapter` and `layer` are names; the layer's, in full, also chooses rank and scaling."""
+        """`adapter` and `layer` are names; the layer's, in full, also chooses rank and scaling.
+
+        `ordinal` counts the model's adapters in the order in which they were attached, which the
+        layers alone do not tell when adapters are on different ones.
+        """
         super().__init__()
         self.config = config
+        self.name, self.layer, self.ordinal = adapter, layer, ordinal
         self.scaling = config.scaling(layer)
         self.dropout = config.lora_dropout
         self.site = stable_hash(adapter, layer) % 2**31

@@ -35,6 +35,7 @@ def attach(
     """
     _check_new_name(model, name)
     layers = targeted_layers(model, config)
+    ordinal = 1 + max((adapter.ordinal for adapter in _adapters(model)), default=-1)
     for layer_name, layer in layers.items():
         adapter = LoraAdapter(
             config,
@@ -43,6 +44,7 @@ def attach(
             adapter=name,
             layer=layer_name,
             seed=seed,
+            ordinal=ordinal,
         )
         layer.adapters[name] = adapter.to(layer.weight.device).requires_grad_(trainable)
     return list(layers)
@@ -71,20 +73,14 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 def adapter_names(model: nn.Module) -> list[str]:
     """The attached adapters, in the order in which they were attached."""
-    layers = _linear_layers(model).values()
-    return list(dict.fromkeys(name for layer in layers for name in layer.adapters))
+    ordinals = {adapter.name: adapter.ordinal for adapter in _adapters(model)}
+    return sorted(ordinals, key=ordinals.__getitem__)
 
 
 def adapted_layers(model: nn.Module, name: str) -> dict[str, LoraAdapter]:
     """The adapter `name` layer by layer, by the layers' full names."""
     check_attached(model, name)
-    adapters: dict[str, LoraAdapter] = {}
-    for layer_name, layer in _linear_layers(model).items():
-        if name in layer.adapters:
-            adapter = layer.adapters[name]
-            assert isinstance(adapter, LoraAdapter)
-            adapters[layer_name] = adapter
-    return adapters
+    return {adapter.layer: adapter for adapter in _adapters(model) if adapter.name == name}
 
 
 def adapter_config(model: nn.Module, name: str) -> LoraConfig:
@@ -206,6 +202,12 @@ def check_same_tensors(
 
 def _linear_layers(model: nn.Module) -> dict[str, Linear]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, Linear)}
+
+
+def _adapters(model: nn.Module) -> list[LoraAdapter]:
+    """Every adapter of every layer, in the order of the layers."""
+    slots = (layer.adapters.values() for layer in _linear_layers(model).values())
+    return [adapter for slot in slots for adapter in slot if isinstance(adapter, LoraAdapter)]
 
 
 def _check_new_name(model: nn.Module, name: str) -> None:

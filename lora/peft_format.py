@@ -202,6 +202,9 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         for key, value in keys.items()
         if key in _IMPLEMENTED and value is not None
     }
+    if keys.get("task_type") == "SEQ_CLS" and "modules_to_save" not in settings:
+        # PEFT adds them to every classifier; older releases did so without a word in the file.
+        settings["modules_to_save"] = _CLASSIFICATION_HEADS
     try:
         return LoraConfig(**settings)
     except ValueError as error:

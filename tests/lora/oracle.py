@@ -119,9 +119,8 @@ def oracle_logits(oracle: nn.Module, batch: TokenBatch) -> Tensor:
     return torch.cat(outputs) if outputs[0].dim() == 2 else torch.stack(outputs)
 
 
-def oracle_loss(oracle: nn.Module, batch: TokenBatch) -> Tensor:
+def oracle_loss(logits_MV: Tensor, batch: TokenBatch) -> Tensor:
     """Mean cross-entropy of every token but the segments' first."""
-    logits_MV = oracle_logits(oracle, batch)
     lengths = batch.segments.lengths
     logits = torch.cat([part[:-1] for part in logits_MV.split(lengths)])
     targets = torch.cat([part[1:] for part in batch.input_ids.split(lengths)])

@@ -17,6 +17,7 @@ from lora.attach import (
     detach,
     load_adapter_state,
     set_trainable,
+    without_adapters,
 )
 from lora.config import LoraConfig
 from model.linear import Linear
@@ -243,6 +244,30 @@ def test_base_names_stay(toy: Toy) -> None:
         for layer in layer_names("q_proj", "v_proj")
         for x in "AB"
     }
+
+
+def test_names_come_in_the_order_of_attaching(toy: Toy) -> None:
+    """Also where the first layer of the model has only the second adapter."""
+    for name, targets in (("z", ("v_proj",)), ("y", ("q_proj", "v_proj")), ("x", ("q_proj",))):
+        attach(toy, name, LoraConfig(target_modules=targets), seed=0)
+    assert adapter_names(toy) == ["z", "y", "x"]
+    detach(toy, "y")
+    attach(toy, "a", LoraConfig(), seed=0)
+    assert adapter_names(toy) == ["z", "x", "a"]
+
+
+def test_the_base_alone(toy: Toy) -> None:
+    x_MD = torch.randn(5, 8)
+    base = toy(x_MD)
+    attach(toy, "clinical", LoraConfig(), seed=0)
+    fill(toy, "clinical")
+    adapted = toy(x_MD)
+    with pytest.raises(KeyError), without_adapters(toy):
+        assert torch.equal(toy(x_MD), base)
+        assert adapter_names(toy) == []
+        raise KeyError
+    assert torch.equal(toy(x_MD), adapted)
+    assert not torch.equal(adapted, base)
 
 
 def test_detach_restores_the_model(toy: Toy) -> None:

@@ -42,10 +42,17 @@ ADAPTERS = {
         "rank_pattern": {"mlp.*": 5},
     },
 }
+CASES = [
+    ("multi-head", "all-linear"),
+    ("multi-head, tied", "q and v"),
+    ("grouped-query", "all-linear"),
+    ("grouped-query", "q and v"),
+    ("multi-query, tied", "all-linear"),
+]
 every_case = pytest.mark.parametrize(
     ("config", "adapter"),
-    [(config, adapter) for config in CONFIGS.values() for adapter in ADAPTERS.values()],
-    ids=[f"{config}, {adapter}" for config in CONFIGS for adapter in ADAPTERS],
+    [(CONFIGS[config], ADAPTERS[adapter]) for config, adapter in CASES],
+    ids=[f"{config}, {adapter}" for config, adapter in CASES],
 )
 
 
@@ -88,48 +95,48 @@ def gradients(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def forward_and_backward(
-    logits: Callable[[], Tensor], loss: Callable[[], Tensor], parameters: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    results = {"logits": logits().detach()}
-    value = loss()
-    value.backward()
-    return {**results, "loss": value.detach(), **gradients(parameters)}
-
-
 def our_results(pair: Pair, batch: TokenBatch) -> dict[str, Tensor]:
-    return forward_and_backward(
-        lambda: pair.ours.logits(batch), lambda: loss(pair.ours, batch), pair.our_parameters()
-    )
+    logits, value = pair.ours.logits(batch).detach(), loss(pair.ours, batch)
+    value.backward()
+    return {"logits": logits, "loss": value.detach(), **gradients(pair.our_parameters())}
 
 
 def oracle_results(pair: Pair, batch: TokenBatch) -> dict[str, Tensor]:
-    return forward_and_backward(
-        lambda: oracle_logits(pair.oracle, batch),
-        lambda: oracle_loss(pair.oracle, batch),
-        pair.oracle_parameters(),
-    )
+    logits = oracle_logits(pair.oracle, batch)
+    value = oracle_loss(logits, batch)
+    value.backward()
+    return {
+        "logits": logits.detach(),
+        "loss": value.detach(),
+        **gradients(pair.oracle_parameters()),
+    }
 
 
 @every_case
 def test_logits_loss_and_gradients(config: DecoderConfig, adapter: dict, tmp_path: Path) -> None:
-    """float64: equal to 1e-9. float32: at most twice as far from float64 as the oracle is."""
-    pair = Pair(config, adapter, tmp_path)
-    batch = make_batch(config, 7, 1, 20, 12)
-    ours_32, oracle_32 = our_results(pair, batch), oracle_results(pair, batch)
-    pair.to_float64()
-    ours_64, oracle_64 = our_results(pair, batch), oracle_results(pair, batch)
+    """float64: equal to 1e-9. float32: at most twice as far from float64 as the oracle is.
 
-    assert ours_64.keys() == oracle_64.keys() == ours_32.keys() == oracle_32.keys()
-    for name, truth in oracle_64.items():
-        assert ours_64[name].dtype == truth.dtype == torch.float64
-        torch.testing.assert_close(ours_64[name], truth, rtol=1e-9, atol=1e-9)
-        assert ours_32[name].dtype == torch.float32
-        error = torch.linalg.vector_norm(ours_32[name].double() - truth)
-        oracle_error = torch.linalg.vector_norm(oracle_32[name].double() - truth)
-        # One rounding of the result itself is no error of the computation.
-        rounding = torch.finfo(torch.float32).eps * torch.linalg.vector_norm(truth)
-        assert error <= 2 * oracle_error + rounding, name
+    One float32 result can be near the truth by luck, so an error is the root mean square of the
+    relative errors on eight batches.
+    """
+    pair = Pair(config, adapter, tmp_path)
+    batches = [make_batch(config, 17, 1, 12, seed=seed) for seed in range(8)]
+    float32 = [(our_results(pair, batch), oracle_results(pair, batch)) for batch in batches]
+    pair.to_float64()
+    squares: dict[str, list[float]] = {}
+    for batch, (ours_32, oracle_32) in zip(batches, float32, strict=True):
+        ours, truths = our_results(pair, batch), oracle_results(pair, batch)
+        assert ours.keys() == truths.keys() == ours_32.keys() == oracle_32.keys()
+        for name, truth in truths.items():
+            assert ours[name].dtype == truth.dtype == torch.float64
+            torch.testing.assert_close(ours[name], truth, rtol=1e-9, atol=1e-9)
+            totals = squares.setdefault(name, [0.0, 0.0])
+            for i, result in enumerate((ours_32[name], oracle_32[name])):
+                assert result.dtype == torch.float32
+                error = torch.linalg.vector_norm(result.double() - truth)
+                totals[i] += (error / torch.linalg.vector_norm(truth)).item() ** 2
+    for name, (ours_total, oracle_total) in squares.items():
+        assert ours_total <= 4 * oracle_total, name  # squared: twice the error
 
 
 @every_case
@@ -154,7 +161,9 @@ def test_ten_training_steps(config: DecoderConfig, adapter: dict, tmp_path: Path
         return losses
 
     our_losses = train(ours, lambda batch: loss(pair.ours, batch))
-    oracle_losses = train(oracle, lambda batch: oracle_loss(pair.oracle, batch))
+    oracle_losses = train(
+        oracle, lambda batch: oracle_loss(oracle_logits(pair.oracle, batch), batch)
+    )
     assert our_losses[-1] < our_losses[0] - 0.3
     assert our_losses == pytest.approx(oracle_losses, rel=1e-9, abs=1e-9)
     assert ours.keys() == oracle.keys()
@@ -212,7 +221,7 @@ def test_two_adapters_are_peft_s_sum(tmp_path: Path) -> None:
     batch = make_batch(config, 7, 12)
     torch.testing.assert_close(ours.logits(batch), oracle_logits(oracle, batch), rtol=0, atol=1e-9)
     loss(ours, batch).backward()
-    oracle_loss(oracle, batch).backward()
+    oracle_loss(oracle_logits(oracle, batch), batch).backward()
     theirs = dict(oracle.named_parameters())
     for name in ("clinical", "downstream"):
         keys = adapter_state(ours, name)

@@ -67,6 +67,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+WITH_HEAD = ("q and v", "all-linear", "excluded")
+every_case = pytest.mark.parametrize(
+    ("settings", "classifier"),
+    [(settings, False) for settings in SETTINGS.values()]
+    + [(SETTINGS[name], True) for name in WITH_HEAD],
+    ids=[*SETTINGS, *(f"{name}, classifier" for name in WITH_HEAD)],
+)
+
+
 def our_config(settings: dict[str, Any]) -> LoraConfig:
     return LoraConfig(
         **{
@@ -104,8 +113,7 @@ def assert_same_logits(ours: CausalLM | SequenceClassifier, oracle: nn.Module) -
     torch.testing.assert_close(our_logits(ours), peft_logits(oracle), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("classifier", [False, True], ids=["language model", "classifier"])
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+@every_case
 def test_adapters_of_peft_load_here(
     settings: dict[str, Any], classifier: bool, tmp_path: Path
 ) -> None:
@@ -134,8 +142,7 @@ def test_adapters_of_peft_load_here(
     assert_same_logits(model, oracle)
 
 
-@pytest.mark.parametrize("classifier", [False, True], ids=["language model", "classifier"])
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+@every_case
 def test_adapters_made_here_load_in_peft_and_here(
     settings: dict[str, Any], classifier: bool, tmp_path: Path
 ) -> None:
@@ -556,6 +563,18 @@ def test_a_head_needs_its_tensor_and_its_size(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"1 tensors missing: .*score.weight"):
         load_adapter(classifier, tmp_path / "a", "b")
     assert torch.equal(classifier.score.weight, before)
+
+
+def test_the_head_of_a_classifier_of_an_older_release(tmp_path: Path) -> None:
+    """It lies in the tensor file, though `modules_to_save` does not name it."""
+    classifier = SequenceClassifier(CONFIG, 3)
+    init_weights(classifier, std=0.2, seed=0)
+    attach(classifier, "a", LoraConfig(r=2), seed=0)
+    head = torch.randn(3, 32)
+    save_adapter(classifier, "a", tmp_path / "a", head={"score.weight": head})
+    rewrite_config(tmp_path / "a", modules_to_save=None)
+    assert load_adapter(classifier, tmp_path / "a", "b").modules_to_save == ("score",)
+    assert torch.equal(classifier.score.weight, head)
 
 
 def test_a_stage_one_adapter_goes_under_a_classifier(folder: Path) -> None:
