@@ -89,7 +89,7 @@ class KVCache:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop every sequence but these."""
-        index = torch.tensor(rows, device=self._keys[0].device)
+        index = torch.tensor(rows, dtype=torch.int64, device=self._keys[0].device)
         self._keys = [keys[index] for keys in self._keys]
         self._values = [values[index] for values in self._values]
         self.lengths = [self.lengths[row] for row in rows]

@@ -1,0 +1,167 @@
+"""Generation against transformers, and its own promise: neither company nor cache matters."""
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from model.checkpoint import load_causal_lm
+from model.generation import GenerationConfig, _adjusted, _choose, generate
+from model.heads import CausalLM
+from tests.model.oracle import CONFIGS, hugging_face_twin, make_causal_lm, make_config
+
+PROMPTS = [[1, 5, 9], [1], [1, 80, 3, 44, 12, 7, 7, 31], [1, 5, 9]]
+SAMPLED = GenerationConfig(
+    max_new_tokens=12, temperature=3.0, top_k=20, top_p=0.9, repetition_penalty=1.2
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> CausalLM:
+    return make_causal_lm(make_config())
+
+
+def test_greedy_stories_are_those_of_transformers(real_data: Path) -> None:
+    """A real checkpoint in float32, with and without a cache, from BOS alone."""
+    folder = real_data / "stories260k"
+    ours = load_causal_lm(folder)
+    config = GenerationConfig(max_new_tokens=255)
+    (cached,) = generate(ours, [[1]], config)
+    (recomputed,) = generate(ours, [[1]], config, use_cache=False)
+    twin = hugging_face_twin(ours)
+    story = twin.generate(
+        torch.tensor([[1]]), max_new_tokens=255, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert len(set(cached)) > 50  # a story, no loop
+    assert cached == recomputed == story[0, 1:].tolist()
+
+
+@pytest.mark.parametrize("name", ["multi-head", "grouped-query", "tied", "llama3-rope"])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_tokens_are_those_of_transformers(name: str, use_cache: bool) -> None:
+    ours = make_causal_lm(CONFIGS[name])
+    twin = hugging_face_twin(ours)
+    config = GenerationConfig(max_new_tokens=20, repetition_penalty=1.3)
+    found = generate(ours, PROMPTS, config, use_cache=use_cache)
+    for prompt, tokens in zip(PROMPTS, found, strict=True):
+        expected = twin.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=20,
+            do_sample=False,
+            repetition_penalty=1.3,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert tokens == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("config", [GenerationConfig(max_new_tokens=12), SAMPLED])
+@pytest.mark.parametrize("stop_ids", [(), tuple(range(0, 97, 8))])
+def test_a_batch_equals_its_prompts_one_by_one(
+    model: CausalLM, config: GenerationConfig, stop_ids: tuple[int, ...]
+) -> None:
+    config = dataclasses.replace(config, stop_ids=stop_ids)
+    together = generate(model, PROMPTS, config, seed=4)
+    for use_cache in (True, False):
+        alone = [
+            generate(model, [prompt], config, seed=4 + i, use_cache=use_cache)[0]
+            for i, prompt in enumerate(PROMPTS)
+        ]
+        assert together == alone
+    lengths = [len(tokens) for tokens in together]
+    if stop_ids:
+        assert min(lengths) < max(lengths)  # some ran on after others had stopped
+        for tokens in together:
+            assert not set(tokens[:-1]) & set(stop_ids)
+            assert tokens[-1] in stop_ids or len(tokens) == config.max_new_tokens
+    else:
+        assert lengths == [12] * 4
+
+
+def test_equal_prompts_draw_different_samples_unless_the_seed_is_equal(model: CausalLM) -> None:
+    first, *_, last = generate(model, PROMPTS, SAMPLED, seed=4)
+    assert first != last
+    assert generate(model, [PROMPTS[0]], SAMPLED, seed=7) == [last]
+
+
+def test_logits_are_adjusted_as_in_transformers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 300, generator=generator) * 3
+    sequences = torch.randint(300, (5, 30), generator=generator)
+    config = GenerationConfig(
+        max_new_tokens=1, repetition_penalty=1.7, temperature=0.6, top_k=25, top_p=0.8
+    )
+    oracle = LogitsProcessorList(
+        [
+            RepetitionPenaltyLogitsProcessor(1.7),
+            TemperatureLogitsWarper(0.6),
+            TopKLogitsWarper(25),
+            TopPLogitsWarper(0.8),
+        ]
+    )
+    found = _adjusted(logits, sequences.tolist(), config)
+    assert torch.equal(found, oracle(sequences, logits.clone()))
+    logits[:, :40] = logits.max()  # a tie over the edge of top-k is kept whole
+    config = GenerationConfig(max_new_tokens=1, temperature=0.6, top_k=25)
+    found = _adjusted(logits, sequences.tolist(), config)
+    assert torch.equal(found, LogitsProcessorList(oracle[1:3])(sequences, logits.clone()))
+
+
+def test_draws_follow_the_probabilities() -> None:
+    probabilities = torch.tensor([0.0, 0.5, 0.2, 0.3, 0.0])
+    config = GenerationConfig(max_new_tokens=1, temperature=1.0)
+    count = 5_000
+    generators = [torch.Generator().manual_seed(i) for i in range(count)]
+    tokens = Counter(_choose(probabilities.log().expand(count, -1), generators, config))
+    assert tokens.keys() == {1, 2, 3}
+    for token, occurrences in tokens.items():
+        share = float(probabilities[token])
+        spread = (share * (1 - share) / count) ** 0.5
+        assert abs(occurrences / count - share) < 4 * spread
+
+
+def test_no_prompts_give_no_tokens(model: CausalLM) -> None:
+    assert generate(model, [], SAMPLED) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[1], []], "prompt 1 is empty"),
+        ([[97]], "outside the vocabulary of 97"),
+        ([[-1]], "outside the vocabulary of 97"),
+        ([[1] * 120], "120 tokens; with max_new_tokens 12 that passes the model's 128 positions"),
+    ],
+)
+def test_impossible_prompts_are_refused(
+    model: CausalLM, prompts: list[list[int]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(model, prompts, SAMPLED)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_new_tokens", 0),
+        ("repetition_penalty", 0.0),
+        ("temperature", -1.0),
+        ("temperature", float("nan")),
+        ("top_k", 0),
+        ("top_p", 0.0),
+        ("top_p", 1.5),
+    ],
+)
+def test_impossible_settings_are_refused(field: str, value: float) -> None:
+    with pytest.raises(ValueError, match=field):
+        GenerationConfig(**{"max_new_tokens": 1} | {field: value})
