@@ -4,6 +4,7 @@ Letters: M tokens of the stream, n segments. There is no padding. The invariant:
 and attention ends at every segment's edge, so a note's result does not depend on its neighbours.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -57,7 +58,7 @@ class Segments:
     @classmethod
     def from_offsets(cls, offsets: Sequence[int]) -> Self:
         offsets = tuple(int(offset) for offset in offsets)
-        assert offsets[0] == 0 and all(a < b for a, b in zip(offsets, offsets[1:], strict=False))
+        assert offsets[0] == 0 and all(a < b for a, b in itertools.pairwise(offsets))
         return cls(offsets, torch.tensor(offsets, dtype=torch.int32), _groups(offsets))
 
     def __len__(self) -> int:
@@ -65,7 +66,7 @@ class Segments:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        return tuple(b - a for a, b in zip(self.offsets, self.offsets[1:], strict=False))
+        return tuple(b - a for a, b in itertools.pairwise(self.offsets))
 
     @property
     def last_tokens(self) -> tuple[int, ...]:
@@ -83,7 +84,7 @@ _MAX_PADDING = 0.125
 
 def _groups(offsets: tuple[int, ...]) -> tuple[Group, ...]:
     """Join neighbouring segments while padding them to one length stays cheap."""
-    lengths = [b - a for a, b in zip(offsets, offsets[1:], strict=False)]
+    lengths = [b - a for a, b in itertools.pairwise(offsets)]
     groups: list[Group] = []
     first = 0
     for i in range(1, len(lengths) + 1):

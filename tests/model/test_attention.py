@@ -1,0 +1,50 @@
+"""Attention over packed segments against torch's, one segment at a time."""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from model.attention import attend
+from model.batch import Segments, TokenBatch
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [5],
+        [1, 1, 1],
+        [7, 7, 7],  # one group, a view of the stream
+        [15, 16, 16, 3, 31],  # near lengths padded together, others alone
+        [8, 7, 1, 9, 8],
+    ],
+)
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
+def test_packed_attention_is_each_segments_own(lengths: list[int], heads: tuple[int, int]) -> None:
+    offsets = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(offsets[-1], n, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+        for n in (heads[0], heads[1], heads[1])
+    )
+    truth = []
+    for start, stop in itertools.pairwise(offsets):
+        one = [x[start:stop].transpose(0, 1)[None] for x in (q, k, v)]
+        out = scaled_dot_product_attention(*one, is_causal=True, enable_gqa=True)
+        truth.append(out[0].transpose(0, 1))
+    ours = attend(q, k, v, Segments.from_offsets(offsets))
+    torch.testing.assert_close(ours, torch.cat(truth), rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(ours)
+    got = torch.autograd.grad(ours, (q, k, v), upstream)
+    wanted = torch.autograd.grad(torch.cat(truth), (q, k, v), upstream)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_positions_restart_and_samples_follow_their_tokens() -> None:
+    batch = TokenBatch.from_arrays([10, 11, 12, 13, 14], [0, 2, 5], [70, 80])
+    assert batch.positions.tolist() == [0, 1, 0, 1, 2]
+    assert batch.sample_ids.tolist() == [70, 70, 80, 80, 80]
+    assert batch.segments.lengths == (2, 3)
+    assert batch.segments.last_tokens == (1, 4)
