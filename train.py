@@ -1,30 +1,81 @@
-"""Trains one stage.
+"""Train one stage of the two-stage adaptation of a LLaMA base to clinical notes.
 
-    python train.py --stage clinical
-    python train.py --stage downstream --task mor
+    python train.py --stage clinical                     # 1: one adapter learns to read the notes
+    python train.py --stage downstream --task mor        # 2: head and second adapter, one outcome
+    python eval.py --run runs/downstream                 # AUROC with its interval
 
-See `training.run.run`.
+Without further arguments these run on an embedded tiny base and a synthetic cohort, on a CPU. On
+your own base and notes:
+
+    python train.py --stage clinical --model DIR --data NOTES.csv --text-column text \
+        --out runs/clinical
+    python train.py --stage downstream --task label --model DIR --data TABLE.csv \
+        --text-column text --label-column label --init-adapter runs/clinical --out runs/label
+
+Several GPUs or processes share a run when torchrun starts it:
+
+    torchrun --nproc-per-node 8 train.py --stage clinical ...
+
+What then happens, in the order of `training/run.py`:
+
+    config   flags, --config file and stage defaults become one checked RunConfig
+    data     notes are tokenised into a cache, split by patient and cut into segments   (data/)
+    model    the base is read and frozen, adapters are attached or loaded       (model/, lora/)
+    loop     forward, backward, sum over ranks, check, clip, AdamW; validate; save  (training/)
+    files    adapters in PEFT layout, head, run.json
+
+Exit codes: 0 done; 1 the run failed; 2 something typed or given is wrong; 143 stopped by SIGTERM
+with a checkpoint saved, to be continued with --resume.
 """
 
+import os
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Sequence
 
-import numpy as np
+import torch
 
-from evaluation.metrics import classification_metrics
+from evaluation.metrics import headline_metrics
 from training.command_line import read_command
+from training.loop import RunFailed, Stopped
 from training.run import run
 
-
-def score(labels: np.ndarray, logits: np.ndarray, names: Sequence[str]) -> Mapping[str, float]:
-    metrics = classification_metrics(labels, logits, names)
-    return {k: metrics[k] for k in ("auroc", "accuracy", "f1") if metrics[k] is not None}
+DONE, FAILED, WRONG_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
 def main(arguments: Sequence[str]) -> int:
-    command = read_command(arguments)
-    run(command.config, score=score, resume=command.resume, overwrite=command.overwrite)
-    return 0
+    """Read the command line, train, and turn whatever goes wrong into one line and an exit code."""
+    try:
+        command = read_command(arguments)
+        run(
+            command.config,
+            score=headline_metrics,
+            resume=command.resume,
+            overwrite=command.overwrite,
+        )
+    except ValueError as error:
+        code, line = WRONG_INPUT, str(error)
+    except Stopped as stopped:
+        code, line = TERMINATED, str(stopped)
+    except KeyboardInterrupt:
+        code, line = INTERRUPTED, "interrupted; continue from the last checkpoint with --resume"
+    except (RunFailed, OSError) as error:
+        code, line = FAILED, str(error)
+    except (torch.OutOfMemoryError, MemoryError):
+        code, line = FAILED, "out of memory; try a smaller --micro-tokens, --gradient-checkpointing"
+    except RuntimeError as error:
+        code, line = FAILED, f"{type(error).__name__}: {error}"
+    except Exception as error:
+        # A fault of this program. Its message could quote data, so only its kind is shown.
+        code, line = FAILED, f"unexpected {type(error).__name__}; --debug shows where"
+    else:
+        return DONE
+    if "--debug" in arguments:
+        traceback.print_exc()
+    rank = os.environ.get("RANK", "0")
+    speaker = "train.py" if rank == "0" else f"train.py (rank {rank})"
+    print(f"{speaker}: {' '.join(line.split())}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 def newest_good(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, and what was wrong with the newer ones."""
-    complaints = []
+    complaints: list[str] = []
     for step in reversed(saved_steps(folder)):
         try:
             return load_checkpoint(step_folder(folder, step)), complaints
@@ -182,7 +182,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def random_state() -> dict[str, Tensor]:
-    """The states of torch's generators; the step itself draws from a hash and needs none of them."""
+    """The states of torch's generators, though a step draws from a hash and needs none of them."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()

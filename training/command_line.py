@@ -64,7 +64,7 @@ class TrainFlags(RunConfig):
     """Train one stage: adapt a LLaMA base to notes, or fine-tune the adapted one for an outcome."""
 
     resume: bool = False
-    """Continue the run in --out from its newest good checkpoint, with the settings it began with."""
+    """Continue the run in --out from its newest good checkpoint, with its own settings."""
     overwrite: bool = False
     """Delete the run in --out and start anew."""
     config: str | None = None
@@ -100,7 +100,7 @@ def read_command(arguments: Sequence[str], prog: str = "train.py") -> Command:
         if len(given) == 1:
             other = pair[1 - pair.index(given[0])]
             from_file.pop(other, None)
-            default = dataclasses.replace(default, **{_field(other): None})
+            default = _without(default, other)
     flags = parse(TrainFlags, {**from_file, **typed}, default=default, prog=prog)
     config = RunConfig(
         **{field.name: getattr(flags, field.name) for field in dataclasses.fields(RunConfig)}
@@ -239,8 +239,10 @@ def _as_flags(config: RunConfig) -> TrainFlags:
     return TrainFlags(**{field.name: getattr(config, field.name) for field in fields})
 
 
-def _field(flag: str) -> str:
-    return flag.removeprefix("--").replace("-", "_")
+def _without(flags: TrainFlags, flag: str) -> TrainFlags:
+    """The flags with one of them set to None."""
+    unset: dict[str, Any] = {flag.removeprefix("--").replace("-", "_"): None}
+    return dataclasses.replace(flags, **unset)
 
 
 # Files --------------------------------------------------------------------------------------------

@@ -63,8 +63,8 @@ class OptimSettings:
 
     schedule: Schedule = "linear"
     """How the learning rate falls after the warm-up: not, in a line to 0, in half a cosine to 0."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate climbs in a line to --lr."""
+    warmup_steps: int | None = None
+    """Steps over which the learning rate climbs in a line to --lr. Default: a twentieth of all."""
     beta1: float = 0.9
     """Decay of the gradient's running mean."""
     beta2: float = 0.999
@@ -78,7 +78,8 @@ class OptimSettings:
 
     def check(self) -> None:
         """Raise ValueError naming the flag whose value is out of range."""
-        _check("--optim.warmup-steps", self.warmup_steps, "0 or more", self.warmup_steps >= 0)
+        warmup = self.warmup_steps
+        _check("--optim.warmup-steps", warmup, "0 or more", warmup is None or warmup >= 0)
         _check("--optim.beta1", self.beta1, "from 0 to below 1", 0 <= self.beta1 < 1)
         _check("--optim.beta2", self.beta2, "from 0 to below 1", 0 <= self.beta2 < 1)
         _check("--optim.eps", self.eps, "a number above 0", self.eps > 0)
@@ -93,7 +94,7 @@ class RunConfig:
     stage: Stage
     """What is done: pretrain trains a base, clinical adapts one to notes, downstream classifies."""
     task: Task | None = None
-    """Downstream only: mor (in-hospital mortality, MIMIC-III folder) or label (a table's column)."""
+    """Downstream only: mor (in-hospital mortality, MIMIC-III) or label (a column of a table)."""
 
     model: str | None = None
     """Folder of the base model: config.json, safetensors, tokenizer."""
@@ -102,7 +103,7 @@ class RunConfig:
     tokenizer_preset: str | None = None
     """Special tokens of a family whose files do not state them: llama or pmc-llama."""
     base_dtype: BaseDtype | None = None
-    """How the base is held. Default: bfloat16 when it is frozen on a GPU that has it, else float32."""
+    """How the base is held. Default: bfloat16 if frozen on a GPU that has it, else float32."""
 
     data: str | None = None
     """Notes: CSV, JSON lines or Parquet table, folder of text files, or MIMIC folder."""
@@ -117,7 +118,7 @@ class RunConfig:
     test_share: float = 0.1
     """Share of patients (or texts) held out for the test, in tenths."""
     max_length: int = 512
-    """Longest segment in tokens: longer notes are cut into pieces (language modelling) or truncated."""
+    """Longest segment in tokens. Longer notes are cut into pieces; a classifier truncates them."""
     truncate: Literal["head", "tail", "both"] = "head"
     """Which end of a note longer than --max-length a classifier keeps."""
     cache_dir: str | None = None
@@ -138,7 +139,7 @@ class RunConfig:
     batch_size: int | None = None
     """Notes (or pieces of notes) per optimiser step, over all ranks, instead of --batch-tokens."""
     micro_tokens: int = 8192
-    """Most tokens that pass through the model at once; a step is made of as many passes as needed."""
+    """Most tokens that pass through the model at once; a step takes as many passes as it needs."""
     steps: int | None = None
     """Optimiser steps."""
     epochs: float | None = None
@@ -217,7 +218,7 @@ class RunConfig:
                 f"--batch-tokens must be at least --max-length ({self.max_length}), "
                 f"got {self.batch_tokens}"
             )
-        if self.steps is not None and self.optim.warmup_steps > self.steps:
+        if self.steps is not None and (self.optim.warmup_steps or 0) > self.steps:
             raise ValueError(
                 f"--optim.warmup-steps must be at most --steps ({self.steps}), "
                 f"got {self.optim.warmup_steps}"

@@ -96,7 +96,8 @@ class Classification:
 
 def to_device(batch: PackedBatch, device: torch.device) -> TokenBatch:
     """The tokens of a packed batch, on the device."""
-    return TokenBatch.from_arrays(batch.input_ids, batch.offsets, batch.sample_ids).to(device)
+    offsets = batch.offsets.tolist()
+    return TokenBatch.from_arrays(batch.input_ids, offsets, batch.sample_ids).to(device)
 
 
 def balanced_class_weights(counts: np.ndarray) -> np.ndarray:

@@ -22,6 +22,8 @@ def learning_rate(step: int, *, peak: float, settings: OptimSettings, total_step
     The decays reach 0 at step T, one past the last update, so no update is wasted.
     """
     warmup = settings.warmup_steps
+    if warmup is None:
+        warmup = total_steps // 20
     if step < warmup:
         return peak * (step + 1) / warmup
     if settings.schedule == "constant":
@@ -57,7 +59,7 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
 
 
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together, on their device: a scalar that nobody has waited for."""
+    """The 2-norm of all gradients together: a scalar on their device, not waited for."""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients))))
 
 

@@ -1,6 +1,6 @@
 """Several processes as one run: what a rank is, and the few sums that ranks exchange.
 
-Launched by torchrun, each rank holds the whole base and takes a share of every step's micro-batches.
+Launched by torchrun, each rank holds the whole base and takes a share of every step's notes.
 There is no wrapper around the model: after the backward passes the gradients are summed in one flat
 buffer, which already is the gradient of the global mean because every local loss was divided by the
 global denominator. Invariant: all ranks make the same calls in the same order, and every decision

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -30,7 +31,7 @@ class Progress:
         self._total_steps = total_steps
         self._first_step = first_step
         self._started = time.perf_counter()
-        self._recent: list[tuple[float, int]] = []  # (time at the end of a step, tokens of it)
+        self._recent: deque[tuple[float, int]] = deque(maxlen=_STEPS_FOR_SPEED)  # seconds, tokens
         self._last_line = 0.0
         self._metrics: TextIO | None = None
         self._board: Any = None
@@ -41,19 +42,19 @@ class Progress:
         summary_writer = _tensorboard()
         if summary_writer is not None:
             self._board = summary_writer.SummaryWriter(
-                str(folder / "tensorboard"), purge_step=first_step + 1
+                str(folder / "tensorboard"), purge_step=first_step + 1 if first_step else None
             )
         if sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True)
 
-    def step(self, step: int, *, tokens: int, metrics: Mapping[str, float]) -> None:
-        """Record one optimiser step that ended just now."""
+    def step(self, step: int, *, seconds: float, tokens: int, metrics: Mapping[str, float]) -> None:
+        """Record one optimiser step that ended just now and took `seconds`."""
         if self._silent:
             return
         now = time.perf_counter()
-        self._recent = [*self._recent[-_STEPS_FOR_SPEED:], (now, tokens)]
-        speed = self._tokens_per_second()
-        self._write({"step": step, **metrics, "tokens_per_second": round(speed, 1)})
+        self._recent.append((seconds, tokens))
+        speed = sum(t for _, t in self._recent) / max(1e-9, sum(s for s, _ in self._recent))
+        self._write({"step": step, **metrics, "tokens_per_second": round(tokens / seconds, 1)})
         shown = (
             f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
             f"norm {metrics['gradient_norm']:.3f}  {speed:,.0f} tokens/s"
@@ -106,12 +107,6 @@ class Progress:
             for name, value in record.items():
                 if name != "step":
                     self._board.add_scalar(name, value, int(record["step"]))
-
-    def _tokens_per_second(self) -> float:
-        """Over the last steps; the first step is measured from the start of the loop."""
-        began = self._started if len(self._recent) < 2 else self._recent[0][0]
-        counted = self._recent if len(self._recent) < 2 else self._recent[1:]
-        return sum(tokens for _, tokens in counted) / max(1e-9, self._recent[-1][0] - began)
 
     def _time_left(self, step: int, now: float) -> str:
         per_step = (now - self._started) / max(1, step - self._first_step)

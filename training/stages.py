@@ -14,7 +14,6 @@ from training.config import OptimSettings, RunConfig, Stage
 
 EMBEDDED_BASE = Path(__file__).resolve().parent.parent / "data" / "embedded"
 SYNTHETIC_COHORT = "runs/synthetic"
-SYNTHETIC_PATIENTS = 2000
 
 
 def pretrain() -> RunConfig:
@@ -26,7 +25,7 @@ def pretrain() -> RunConfig:
         batch_tokens=65_536,
         epochs=1.0,
         lr=3e-4,
-        optim=OptimSettings(schedule="cosine", warmup_steps=100, beta2=0.95, weight_decay=0.1),
+        optim=OptimSettings(schedule="cosine", beta2=0.95, weight_decay=0.1),
         out="runs/pretrain",
     )
 
@@ -39,7 +38,6 @@ def clinical() -> RunConfig:
         batch_tokens=32_768,
         epochs=1.0,
         lr=3e-4,
-        optim=OptimSettings(warmup_steps=50),
         out="runs/clinical",
     )
 
@@ -53,7 +51,6 @@ def downstream() -> RunConfig:
         batch_size=20,
         epochs=10.0,
         lr=5e-5,
-        optim=OptimSettings(warmup_steps=50),
         out="runs/downstream",
     )
 
@@ -63,12 +60,11 @@ def embedded_clinical() -> RunConfig:
     return replace(
         clinical(),
         model=str(EMBEDDED_BASE),
-        data=SYNTHETIC_COHORT,
+        data=f"{SYNTHETIC_COHORT}/mimic-iv-note",
         batch_tokens=8192,
         epochs=None,
         steps=60,
         lr=3e-3,
-        optim=OptimSettings(warmup_steps=5),
     )
 
 
@@ -77,11 +73,10 @@ def embedded_downstream() -> RunConfig:
     return replace(
         downstream(),
         model=str(EMBEDDED_BASE),
-        data=SYNTHETIC_COHORT,
+        data=f"{SYNTHETIC_COHORT}/mimic-iii",
         init_adapter="runs/clinical",
         epochs=3.0,
         lr=2e-3,
-        optim=OptimSettings(warmup_steps=5),
     )
 
 

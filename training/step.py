@@ -55,7 +55,7 @@ def optimiser_step(
             float(is_asked_to_stop),
         ]
     )
-    loss_sum = torch.zeros((), device=ranks.device)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
     for batch in micro_batches:
         loss = objective.loss(batch, dropout_seed=dropout_seed).loss_sum / denominator
         loss.backward()
@@ -64,10 +64,11 @@ def optimiser_step(
         if parameter.grad is None:  # this rank had no micro-batch
             parameter.grad = torch.zeros_like(parameter)
     gradients = [p.grad for p in parameters.values() if p.grad is not None]
-    ranks.sum_tensors([*gradients, loss_sum])
+    ranks.sum_tensors(gradients)
+    ranks.sum_tensors([loss_sum])
 
     # The one moment of the step at which the host waits for the device.
-    mean_loss, norm = torch.stack([loss_sum, gradient_norm(gradients)]).tolist()
+    mean_loss, norm = torch.stack([loss_sum, gradient_norm(gradients).double()]).tolist()
     if not (math.isfinite(mean_loss) and math.isfinite(norm)):
         raise NonFinite(f"the loss is {mean_loss} and the gradient's norm is {norm}")
     clip_gradients(gradients, norm, clip)

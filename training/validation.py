@@ -60,6 +60,7 @@ def validate_classifier(
     )
     for batch in batches:
         place = by_row[np.searchsorted(rows, batch.rows, sorter=by_row)]
+        assert batch.targets is not None
         labels[place] = batch.targets
         logits_nC[place] = objective.scores(batch).double().cpu().numpy()
     labels, logits_nC = ranks.sum_array(labels), ranks.sum_array(logits_nC)

@@ -1,0 +1,214 @@
+"""The loop that every stage runs: step, validate, save, until the last step or a signal.
+
+Invariant: a checkpoint is a complete account of the moment between two steps. What `Loop.resume`
+puts back is all that the next step depends on, so a resumed run goes on to the same bits.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.loader import Loader
+from model.files import write_json
+from training.checkpoint import (
+    load_weights,
+    newest_good,
+    prune,
+    restore_random_state,
+    save_checkpoint,
+    saved_steps,
+    step_folder,
+)
+from training.config import RunConfig
+from training.objective import Classification, LanguageModelling
+from training.optim import learning_rate, load_optimiser_state, make_adamw, optimiser_state
+from training.parallel import Ranks
+from training.progress import Progress
+from training.step import NonFinite, dropout_seed_of, optimiser_step
+
+_VALIDATIONS_IN_A_RUN = 5  # where --eval-every does not say
+_BEST_FILE = "best.json"
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on, through no fault in what the user typed; exit code 1."""
+
+
+class Stopped(RuntimeError):
+    """The run was told to end by SIGTERM and has saved a checkpoint; exit code 143."""
+
+
+@dataclass
+class Position:
+    """How far a run has come."""
+
+    step: int = 0
+    tokens: int = 0  # that passed through the model, over all ranks
+    best: dict[str, Any] | None = None  # step, metric and value of the best validation
+
+
+class Loop:
+    """The steps of one run: `resume` or not, then `run`, then `load_kept`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        objective: LanguageModelling | Classification,
+        loader: Loader,
+        validate: Callable[[], dict[str, float]] | None,
+        ranks: Ranks,
+        *,
+        total_steps: int,
+        checkpoints: Path,
+    ) -> None:
+        self.position = Position()
+        self.total_steps = total_steps
+        self._config = config
+        self._objective = objective
+        self._loader = loader
+        self._validate = validate
+        self._ranks = ranks
+        self._checkpoints = checkpoints
+        self._parameters = {
+            name: p for name, p in objective.model.named_parameters() if p.requires_grad
+        }
+        self._optimiser = make_adamw(self._parameters, config.optim)
+        self._eval_every = config.eval_every or max(1, total_steps // _VALIDATIONS_IN_A_RUN)
+        self._checkpoint_every = config.checkpoint_every or self._eval_every
+
+    def resume(self) -> tuple[int, list[str]]:
+        """Go to the newest good checkpoint, or stay at the start if there is none.
+
+        Returns the size that metrics.jsonl had then, and what was wrong with newer checkpoints.
+        """
+        checkpoint, complaints = newest_good(self._checkpoints)
+        if checkpoint is None:
+            return 0, complaints
+        self._load_parameters(checkpoint.weights)
+        load_optimiser_state(self._optimiser, self._parameters, checkpoint.optimiser)
+        restore_random_state(checkpoint.random)
+        self._loader.load_state(checkpoint.state["loader"])
+        self.position = Position(**checkpoint.state["position"])
+        return checkpoint.state["metrics_bytes"], complaints
+
+    def run(self, progress: Progress, is_asked_to_stop: Callable[[], bool]) -> None:
+        """Take all remaining steps. Raises Stopped, or RunFailed for a loss that is not finite."""
+        position, config = self.position, self._config
+        while position.step < self.total_steps:
+            began = time.perf_counter()
+            rate = learning_rate(
+                position.step,
+                peak=config.lr,
+                settings=config.optim,
+                total_steps=self.total_steps,
+            )
+            try:
+                result = optimiser_step(
+                    self._objective,
+                    self._parameters,
+                    self._optimiser,
+                    self._loader.next_step(),
+                    self._ranks,
+                    dropout_seed=dropout_seed_of(config.seed, position.step),
+                    rate=rate,
+                    clip=config.optim.clip,
+                    is_asked_to_stop=is_asked_to_stop(),
+                )
+            except NonFinite as error:
+                raise RunFailed(
+                    f"step {position.step + 1} was not taken: {error}; {self.last_good()}; a lower "
+                    "--lr or a longer --optim.warmup-steps may help"
+                ) from error
+            position.step += 1
+            position.tokens += result.tokens
+            progress.step(
+                position.step,
+                seconds=time.perf_counter() - began,
+                tokens=result.tokens,
+                metrics={
+                    "loss": result.loss,
+                    "lr": rate,
+                    "gradient_norm": result.gradient_norm,
+                    "tokens": position.tokens,
+                },
+            )
+            is_last = position.step == self.total_steps
+            is_new_best = False
+            if self._validate and (is_last or position.step % self._eval_every == 0):
+                metrics = self._validate()
+                progress.validation(position.step, metrics)
+                is_new_best = is_better(metrics, position.best)
+                if is_new_best:
+                    metric = "auroc" if "auroc" in metrics else "loss"
+                    position.best = {
+                        "step": position.step, "metric": metric, "value": metrics[metric]
+                    }  # fmt: skip
+            is_due = is_last or position.step % self._checkpoint_every == 0
+            if is_due or is_new_best or result.is_asked_to_stop:
+                self._save(progress)
+            if result.is_asked_to_stop and not is_last:
+                raise Stopped(
+                    f"stopped by SIGTERM after step {position.step}, which is saved; continue with "
+                    f"--resume --out {config.out}"
+                )
+
+    def load_kept(self) -> int:
+        """Put the weights that the run keeps into the model; returns the step they are of."""
+        self._ranks.wait()  # until the first rank has written its last checkpoint
+        best = self.position.best
+        if self._config.keep == "last" or best is None or best["step"] == self.total_steps:
+            return self.total_steps
+        self._load_parameters(load_weights(step_folder(self._checkpoints, best["step"])))
+        return int(best["step"])
+
+    def last_good(self) -> str:
+        """Where a failed run can be taken up again, in words."""
+        steps = saved_steps(self._checkpoints)
+        if not steps:
+            return "no checkpoint had been written yet"
+        return f"the last good checkpoint is {step_folder(self._checkpoints, steps[-1])}"
+
+    def _save(self, progress: Progress) -> None:
+        """Write a checkpoint of this moment and drop old ones: the first rank's work."""
+        if not self._ranks.is_first:
+            return
+        save_checkpoint(
+            self._checkpoints,
+            self.position.step,
+            weights={name: p.detach() for name, p in self._parameters.items()},
+            optimiser=optimiser_state(self._optimiser, self._parameters),
+            state={
+                "position": dataclasses.asdict(self.position),
+                "loader": self._loader.state(),
+                "metrics_bytes": progress.sync(),
+            },
+        )
+        if self.position.best is not None:
+            write_json(self._checkpoints / _BEST_FILE, self.position.best)
+        prune(self._checkpoints, self._config.keep_checkpoints)
+
+    def _load_parameters(self, tensors: Mapping[str, Tensor]) -> None:
+        expected = {name: p.shape for name, p in self._parameters.items()}
+        if {name: tensor.shape for name, tensor in tensors.items()} != expected:
+            raise ValueError("the checkpoint's weights are not those that this run trains")
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(tensors[name])
+
+
+def is_better(metrics: Mapping[str, float], best: Mapping[str, Any] | None) -> bool:
+    """Whether a validation beats the best one so far: a higher AUROC, else a lower loss."""
+    if not math.isfinite(metrics["loss"]):
+        return False
+    if best is None:
+        return True
+    if best["metric"] == "auroc":
+        return metrics.get("auroc", -math.inf) > best["value"]
+    return "auroc" in metrics or metrics["loss"] < best["value"]

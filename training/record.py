@@ -1,0 +1,130 @@
+"""run.json: what a run is, so that evaluation can rebuild it and a resumed run can be recognised.
+
+It holds the resolved config, versions and commit, fingerprints of data, tokenizer, base and init
+adapter, counts, and at the end which step's weights were kept. Invariant: numbers and names of
+columns, labels and files, never a note or a patient's id.
+"""
+
+import importlib.metadata
+import platform
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora.attach import adapter_names
+from training.assemble import Model, Notes, check_same_base, count_parameters, fingerprints
+from training.config import RunConfig, to_dict
+from training.parallel import Ranks
+from training.run_folder import RUN_FILE
+
+FORMAT = 1
+_PACKAGES = ("torch", "triton", "numpy", "safetensors", "sentencepiece", "tokenizers", "duckdb")
+# Settings that a resumed run may change. They say where things lie, which the fingerprints check by
+# content instead, and what is kept.
+_FREE_ON_RESUME = {
+    "model", "data", "init_adapter", "splits", "cache_dir", "workers", "device", "out",
+    "checkpoint_every", "keep_checkpoints", "keep",
+}  # fmt: skip
+
+
+def make_record(
+    config: RunConfig, notes: Notes, model: Model, ranks: Ranks, total_steps: int
+) -> dict[str, Any]:
+    """run.json of a run that begins."""
+    found = fingerprints(config, notes)
+    check_same_base(config, found["base"])
+    trainable, total = count_parameters(model)
+    return {
+        "format": FORMAT,
+        "finished": False,
+        "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "config": to_dict(config),
+        "environment": _environment(ranks),
+        "fingerprints": found,
+        "data": notes.cache.description,
+        "split": notes.splits.rule,
+        "counts": notes.counts(),
+        "labels": list(notes.label_names),
+        "adapters": adapter_names(model),
+        "parameters": {"trainable": trainable, "all": total},
+        "total_steps": total_steps,
+    }
+
+
+def check_same_run(saved: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    """Refuse to resume a run whose settings, notes, base or number of steps are others now."""
+    if saved.get("format") != FORMAT:
+        raise ValueError(f"--resume: {RUN_FILE} is of another version; start a new run")
+    changed = [
+        f"{flag} was {before} and is {now}"
+        for flag, before, now in _differences(saved["config"], record["config"], "--")
+        if flag.removeprefix("--").replace("-", "_") not in _FREE_ON_RESUME
+    ]
+    changed += [
+        f"the content of the {name.replace('_', ' ')} is not what it was"
+        for name, before in saved["fingerprints"].items()
+        if record["fingerprints"][name] != before
+    ]
+    if not changed:
+        changed = [
+            f"{name} was {saved[name]} and is {record[name]}"
+            for name in ("labels", "total_steps")
+            if saved[name] != record[name]
+        ]
+    if changed:
+        raise ValueError(
+            f"--resume: this is not the run that began: {'; '.join(changed)}; resume with what it "
+            "began with, or start a new run in another folder"
+        )
+
+
+def _differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], prefix: str
+) -> Iterator[tuple[str, Any, Any]]:
+    """Flags whose values differ between two configs."""
+    for name in sorted(before.keys() | now.keys()):
+        flag, old, new = prefix + name.replace("_", "-"), before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{flag}.")
+        elif old != new:
+            yield flag, old, new
+
+
+def _environment(ranks: Ranks) -> dict[str, Any]:
+    """Versions of Python and packages, the commit of this repository, device and ranks."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    is_gpu = ranks.device.type == "cuda"
+    return {
+        "versions": versions,
+        "commit": _commit(),
+        "device": torch.cuda.get_device_name(ranks.device) if is_gpu else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "ranks": ranks.count,
+    }
+
+
+def _commit() -> str | None:
+    """The checked-out commit, with "+" where files differ from it; None outside a checkout."""
+    here = Path(__file__).resolve().parent.parent
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", *words], cwd=here, capture_output=True, text=True, timeout=10, check=True
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "HEAD")
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    return commit if commit is None or not changes else f"{commit}+"
