@@ -76,6 +76,10 @@ every_case = pytest.mark.parametrize(
 )
 
 
+# transformers' own, on which nothing here depends.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+
 def our_config(settings: dict[str, Any]) -> LoraConfig:
     return LoraConfig(
         **{
@@ -177,6 +181,7 @@ def test_adapters_made_here_load_in_peft_and_here(
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+@pytest.mark.filterwarnings("ignore:Adapter name 'lora':UserWarning")
 def test_a_named_adapter_of_peft_lies_in_a_sub_folder(tmp_path: Path) -> None:
     oracle, model = make_pair(classifier=False)
     settings = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
