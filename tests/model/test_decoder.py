@@ -210,6 +210,18 @@ def test_dropout_follows_the_sample_not_its_place_in_the_batch() -> None:
     assert relative_error(model.model(forward), rows) > 1e-3
 
 
+@pytest.mark.parametrize(
+    "layer", ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"]
+)
+def test_dropout_reaches_every_layer(layer: str) -> None:
+    model = make_causal_lm(make_config())
+    chosen = model.get_submodule(f"model.layers.1.{layer}")
+    chosen.adapters["clinical"] = Adapter(chosen, 0.3)
+    batch, _ = packed(make_notes(97))
+    rows = model.model(batch)
+    assert relative_error(model.model(batch, dropout_seed=1), rows) > 1e-3
+
+
 def test_bfloat16_weights_compute_in_bfloat16() -> None:
     model = make_causal_lm(make_config()).to(torch.bfloat16)
     batch, labels = packed(make_notes(97))

@@ -130,6 +130,17 @@ def test_draws_follow_the_probabilities() -> None:
         assert abs(occurrences / count - share) < 4 * spread
 
 
+def test_a_draw_at_the_edge_never_takes_an_impossible_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logits = torch.tensor([[float("-inf"), 0.0, 0.0, float("-inf")]])
+    config = GenerationConfig(max_new_tokens=1, temperature=1.0)
+    for draw, token in ((0.0, 1), (1.0 - 2.0**-53, 2)):
+        uniform = torch.tensor(draw, dtype=torch.float64)
+        monkeypatch.setattr(torch, "rand", lambda *_, uniform=uniform, **__: uniform)
+        assert _choose(logits, [torch.Generator()], config) == [token]
+
+
 def test_no_prompts_give_no_tokens(model: CausalLM) -> None:
     assert generate(model, [], SAMPLED) == []
 
