@@ -28,24 +28,19 @@ Exit codes: 0 done; 1 the run failed; 2 something typed or given is wrong; 143 s
 with a checkpoint saved, to be continued with --resume.
 """
 
-import os
 import sys
-import traceback
 from collections.abc import Sequence
-
-import torch
 
 from evaluation.metrics import headline_metrics
 from training.command_line import read_command
-from training.loop import RunFailed, Stopped
+from training.ending import exit_code
 from training.run import run
-
-DONE, FAILED, WRONG_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Read the command line, train, and turn whatever goes wrong into one line and an exit code."""
-    try:
+    """Read the command line, train, and return the exit code."""
+
+    def work() -> None:
         command = read_command(arguments)
         run(
             command.config,
@@ -53,29 +48,9 @@ def main(arguments: Sequence[str]) -> int:
             resume=command.resume,
             overwrite=command.overwrite,
         )
-    except ValueError as error:
-        code, line = WRONG_INPUT, str(error)
-    except Stopped as stopped:
-        code, line = TERMINATED, str(stopped)
-    except KeyboardInterrupt:
-        code, line = INTERRUPTED, "interrupted; continue from the last checkpoint with --resume"
-    except (RunFailed, OSError) as error:
-        code, line = FAILED, str(error)
-    except (torch.OutOfMemoryError, MemoryError):
-        code, line = FAILED, "out of memory; try a smaller --micro-tokens, --gradient-checkpointing"
-    except RuntimeError as error:
-        code, line = FAILED, f"{type(error).__name__}: {error}"
-    except Exception as error:
-        # A fault of this program. Its message could quote data, so only its kind is shown.
-        code, line = FAILED, f"unexpected {type(error).__name__}; --debug shows where"
-    else:
-        return DONE
-    if "--debug" in arguments:
-        traceback.print_exc()
-    rank = os.environ.get("RANK", "0")
-    speaker = "train.py" if rank == "0" else f"train.py (rank {rank})"
-    print(f"{speaker}: {' '.join(line.split())}", file=sys.stderr)
-    return code
+
+    advice = "interrupted; continue from the last checkpoint with --resume"
+    return exit_code("train.py", arguments, work, interrupted=advice)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ class Position:
 
     step: int = 0
     tokens: int = 0  # that passed through the model, over all ranks
-    best: dict[str, Any] | None = None  # step, metric and value of the best validation
+    best: dict[str, Any] | None = None  # step and metrics of the best validation
 
 
 class Loop:
@@ -143,13 +143,15 @@ class Loop:
             is_new_best = False
             if self._validate and (is_last or position.step % self._eval_every == 0):
                 metrics = self._validate()
+                if not math.isfinite(metrics["loss"]):
+                    raise RunFailed(
+                        f"the validation after step {position.step} has a loss of "
+                        f"{metrics['loss']}; {self.last_good()}"
+                    )
                 progress.validation(position.step, metrics)
                 is_new_best = is_better(metrics, position.best)
                 if is_new_best:
-                    metric = "auroc" if "auroc" in metrics else "loss"
-                    position.best = {
-                        "step": position.step, "metric": metric, "value": metrics[metric]
-                    }  # fmt: skip
+                    position.best = {"step": position.step, "metrics": metrics}
             is_due = is_last or position.step % self._checkpoint_every == 0
             if is_due or is_new_best or result.is_asked_to_stop:
                 self._save(progress)
@@ -204,11 +206,9 @@ class Loop:
 
 
 def is_better(metrics: Mapping[str, float], best: Mapping[str, Any] | None) -> bool:
-    """Whether a validation beats the best one so far: a higher AUROC, else a lower loss."""
-    if not math.isfinite(metrics["loss"]):
-        return False
-    if best is None:
-        return True
-    if best["metric"] == "auroc":
-        return metrics.get("auroc", -math.inf) > best["value"]
-    return "auroc" in metrics or metrics["loss"] < best["value"]
+    """Whether a validation beats the best so far: a higher AUROC where there is one, then loss."""
+
+    def merit(of: Mapping[str, float]) -> tuple[float, float]:
+        return of.get("auroc", -math.inf), -of["loss"]
+
+    return best is None or merit(metrics) > merit(best["metrics"])

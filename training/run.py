@@ -300,7 +300,8 @@ def _farewell(out: Path, kept_step: int, total_steps: int, best: Mapping[str, An
     if best is None:
         why = "there was no validation"
     elif kept_step == best["step"]:
-        why = f"the best validation {best['metric']}: {best['value']:.4f}"
+        metric = "auroc" if "auroc" in best["metrics"] else "loss"
+        why = f"the best validation {metric}: {best['metrics'][metric]:.4f}"
     else:
         why = "as --keep last asks"
     which = "the last step" if kept_step == total_steps else f"of {total_steps} steps"

@@ -35,7 +35,7 @@ def validate_language(
         scored += loss.denominator
     total, scored = ranks.sum_floats([float(loss_sum), scored])
     mean = total / scored
-    return {"loss": mean, "perplexity": math.exp(mean) if mean < 700.0 else math.inf}
+    return {"loss": mean, "perplexity": math.exp(min(mean, 700.0))}
 
 
 @torch.inference_mode()
