@@ -54,6 +54,7 @@ def write_notes(folder: Path, name: str) -> Path:
         source = folder / "rows.jsonl"
         source.write_bytes(as_jsonl(NOTES))
         columns = "{body: 'VARCHAR', grade: 'VARCHAR', pid: 'VARCHAR'}"
+        write_parquet(folder / "weird.parquet", "SELECT 'another table' AS body")
         reader = f"read_json('{source}', columns={columns}, maximum_object_size=100000000)"
         return write_parquet(path, f"SELECT pid, 1 AS x, body, grade FROM {reader}")
     plain = (

@@ -33,13 +33,14 @@ VARIANTS = {
     "extra spaces removed": {"remove_extra_whitespaces": True},
     "no prefix": {"add_dummy_prefix": False},
     "no byte fallback": {"byte_fallback": False},
+    "no prefix, no byte fallback": {"add_dummy_prefix": False, "byte_fallback": False},
     "spaces inside pieces": {"split_by_whitespace": False},
     "user-defined piece": {"user_defined_symbols": ["pain and"]},
     "nfkc": {"normalization_rule_name": "nfkc"},
     "unigram": {"model_type": "unigram"},
     "spaces as suffix": {"treat_whitespace_as_suffix": True},
 }
-BY_WORD = {"llama", "extra spaces removed", "no prefix", "no byte fallback"}
+BY_WORD = {name for name in VARIANTS if name.startswith(("llama", "extra", "no "))}
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -62,6 +63,23 @@ def test_many_texts_get_the_ids_that_sentencepiece_gives_each(variant, text: str
 def test_words_are_used_only_where_they_are_proven_independent(variant) -> None:
     name, tokenizer = variant
     assert (tokenizer._words is not None) == (name in BY_WORD)
+
+
+def test_a_piece_that_goes_on_after_a_newline_keeps_its_word_whole(
+    tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(tokenizer_folder)
+    pieces = [tokenizer._processor.id_to_piece(i) for i in range(3 + 256, tokenizer.vocab_size)]
+    model = tokenizer.path.read_bytes()
+    for new in ("a\n", "a\nb"):  # takes the place of a piece of the same length
+        old = next(piece for piece in pieces if piece.isascii() and len(piece) == len(new))
+        field = bytes([10, len(new)])
+        model = model.replace(field + old.encode(), field + new.encode())
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    tokenizer = load_tokenizer(tmp_path)
+    text = "xa\nb a\nb\nc"
+    assert tokenizer._processor.piece_to_id("a\nb") in tokenizer.encode(text)
+    assert encode_by_words(tokenizer, text) == tokenizer.encode(text)
 
 
 def test_a_full_word_table_starts_again(tokenizer_folder: Path, monkeypatch) -> None:
