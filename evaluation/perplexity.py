@@ -10,6 +10,7 @@ import numpy as np
 
 from data.packing import LanguagePieces
 from lora.attach import adapter_names, without_adapters
+from training.loop import RunFailed
 from training.objective import LanguageModelling
 from training.parallel import Ranks
 from training.validation import validate_language
@@ -21,7 +22,7 @@ def language_metrics(
     """Return `tokens` (those scored), `perplexity`, and `perplexity_base` of the base alone.
 
     `perplexity_base` is None where the model has no adapters.
-    Raises ValueError without a token to score, ArithmeticError for a loss that is not finite.
+    Raises ValueError without a token to score, RunFailed for a loss that is not finite.
     """
     # The first token of a piece is not scored; see `data.packing`.
     lengths = pieces.lengths(np.arange(len(pieces)))
@@ -31,8 +32,8 @@ def language_metrics(
 
     def perplexity() -> float:
         found = validate_language(objective, pieces, ranks, micro_tokens=micro_tokens)
-        if not math.isfinite(found["perplexity"]):
-            raise ArithmeticError("the loss on the notes is not finite")
+        if not math.isfinite(found["loss"]):
+            raise RunFailed("the loss on the notes is not finite")
         return found["perplexity"]
 
     adapted = perplexity()

@@ -94,7 +94,7 @@ def score_run(config: ScoreConfig) -> dict[str, Any]:
     """Score the run, write eval/results.json and eval/predictions.csv, and return the results.
 
     With `predict` only that file is written, and the results say on how many notes.
-    Raises ValueError for the user's mistakes, ArithmeticError for losses that are not finite.
+    Raises ValueError for the user's mistakes, RunFailed for losses that are not finite.
     """
     device = choose_device(config.device)
     with private_files():
@@ -108,6 +108,32 @@ def score_run(config: ScoreConfig) -> dict[str, Any]:
         if isinstance(finished.model, CausalLM):
             return _score_language(config, finished, device, micro_tokens)
         return _score_classifier(config, finished, device, micro_tokens)
+
+
+def summary(results: dict[str, Any]) -> Iterator[str]:
+    """The results as lines for people."""
+    of = "notes of the " + results["split"] + " split" if results["split"] != "all" else "notes"
+    yield f"{results['data']}: {results['n']:,} {of}"
+    if "predictions" in results:
+        yield f"predictions are in {results['predictions']}"
+    if "tokens" in results:
+        base = results["perplexity_base"]
+        without = "" if base is None else f"; without the adapters {base:.4f}"
+        yield f"perplexity {results['perplexity']:.4f} over {results['tokens']:,} tokens{without}"
+    for name in ("accuracy", "f1", "auroc"):
+        if name in results:
+            ceiling = results.get("auroc_ceiling") if name == "auroc" else None
+            best = "" if ceiling is None else f"; best reachable {ceiling:.3f}"
+            yield f"{name} {_with_interval(results[name], results[name + '_ci'])}{best}"
+    for name, label in results.get("per_label", {}).items():
+        auroc_of_label = _with_interval(label["auroc"], label["auroc_ci"])
+        yield f"  auroc of {name} ({label['positives']:,}) {auroc_of_label}"
+
+
+def _with_interval(value: float | None, interval: list[float] | None) -> str:
+    if value is None:
+        return "not defined"
+    return f"{value:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
 
 
 def _score_language(

@@ -21,26 +21,30 @@ def exit_code(
     """Do the work and return the exit code; `interrupted` is what to say after Ctrl-C."""
     try:
         work()
-    except ValueError as error:
-        code, line = WRONG_INPUT, str(error)
-    except Stopped as stopped:
-        code, line = TERMINATED, str(stopped)
-    except KeyboardInterrupt:
-        code, line = INTERRUPTED, interrupted
-    except (RunFailed, OSError) as error:
-        code, line = FAILED, str(error)
-    except (torch.OutOfMemoryError, MemoryError):
-        code, line = FAILED, "out of memory; try a smaller --micro-tokens"
-    except RuntimeError as error:
-        code, line = FAILED, f"{type(error).__name__}: {error}"
-    except Exception as error:
-        # A fault of this program. Its message could quote data, so only its kind is shown.
-        code, line = FAILED, f"unexpected {type(error).__name__}; --debug shows where"
-    else:
-        return DONE
-    if "--debug" in arguments:
-        traceback.print_exc()
-    rank = os.environ.get("RANK", "0")
-    speaker = prog if rank == "0" else f"{prog} (rank {rank})"
-    print(f"{speaker}: {' '.join(line.split())}", file=sys.stderr)
-    return code
+    except (Exception, KeyboardInterrupt) as error:
+        code, line = _ending(error, interrupted)
+        if "--debug" in arguments:
+            traceback.print_exc()
+        rank = os.environ.get("RANK", "0")
+        speaker = prog if rank == "0" else f"{prog} (rank {rank})"
+        print(f"{speaker}: {' '.join(line.split())}", file=sys.stderr)
+        return code
+    return DONE
+
+
+def _ending(error: BaseException, interrupted: str) -> tuple[int, str]:
+    match error:
+        case ValueError():
+            return WRONG_INPUT, str(error)
+        case Stopped():
+            return TERMINATED, str(error)
+        case KeyboardInterrupt():
+            return INTERRUPTED, interrupted
+        case RunFailed() | OSError():
+            return FAILED, str(error)
+        case torch.OutOfMemoryError() | MemoryError():
+            return FAILED, "out of memory; try a smaller --micro-tokens"
+        case RuntimeError():
+            return FAILED, f"{type(error).__name__}: {error}"
+    # A fault of this program. Its message could quote data, so only its kind is shown.
+    return FAILED, f"unexpected {type(error).__name__}; --debug shows where"

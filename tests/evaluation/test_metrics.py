@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -17,15 +16,6 @@ from evaluation.metrics import (
     kind_of,
     probabilities,
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Many small sums: on a busy machine waking a second thread takes longer than they do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def random_case(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

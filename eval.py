@@ -1,0 +1,57 @@
+"""Score a finished run on notes that it has not seen, or let it predict.
+
+    python eval.py --run runs/clinical                    # perplexity, with the adapter and without
+    python eval.py --run runs/downstream                  # accuracy, F1, AUROC with their intervals
+    python eval.py --run runs/downstream --split validation
+    python eval.py --run runs/downstream --data OTHER.csv # other notes than the run's own
+    python eval.py --run runs/downstream --data NEW.csv --predict scores.csv  # without labels
+
+Writes `eval/results.json` (null where a metric is not defined) and for classifiers
+`eval/predictions.csv` into the run's folder; `evaluation/score.py` tells how. Exit codes are those
+of train.py.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from evaluation.score import ScoreConfig, score_run, summary
+from training.command_line import flag_types, parse, split_flags
+from training.ending import exit_code
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalFlags(ScoreConfig):
+    """Score a finished run, or let it predict; see eval.py for whole commands."""
+
+    debug: bool = False
+    """Show the traceback of a failure."""
+
+    def __post_init__(self) -> None:
+        """Nothing: the checks are those of the ScoreConfig that is made of these flags."""
+
+
+def read_command(arguments: Sequence[str]) -> ScoreConfig:
+    """What the arguments ask for; ValueError for anything wrong, SystemExit(0) after --help."""
+    typed = split_flags(arguments, flag_types(EvalFlags))
+    if "--run" not in typed and "--help" not in typed:
+        raise ValueError(
+            "--run is missing: name the folder of a finished run, as in --run runs/mor"
+        )
+    flags = parse(EvalFlags, typed, default=EvalFlags(run=""), prog="eval.py")
+    return ScoreConfig(**{field.name: getattr(flags, field.name) for field in fields(ScoreConfig)})
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Score the run, say the results, and return the exit code."""
+
+    def work() -> None:
+        config = read_command(arguments)
+        for line in summary(score_run(config)):
+            print(line)
+
+    return exit_code("eval.py", arguments, work, interrupted="interrupted; nothing was written")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
