@@ -1,10 +1,15 @@
 """eval.py as it is typed: what it says, and its exit codes."""
 
+import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import eval as command
+from tests.evaluation.conftest import settings
+from training.run import run
+from training.stages import clinical
 
 
 def test_it_says_the_perplexities(clinical_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,3 +72,14 @@ def test_an_unexpected_fault_shows_its_kind_alone(
     assert "the text of a note" not in shown
     assert command.main(["--run", "x", "--debug"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_run_and_its_scoring_open_no_connection(
+    base: Path, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    out = run(replace(settings(clinical(), base, notes, tmp_path / "run"), steps=1))
+    assert command.main(["--run", str(out), "--device", "cpu"]) == 0

@@ -1,0 +1,77 @@
+"""What the documents tell people to type is understood, and what they point at exists."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import eval
+from evaluation.score import ScoreConfig
+from tests.conftest import ROOT
+from training.command_line import TrainFlags, flag_types, read_command
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAKE = (ROOT / "make.sh").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(text: str) -> Iterator[str]:
+    """Every line of the shell blocks of a document, without its comment."""
+    for block in re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for line in block.splitlines():
+            yield shlex.join(shlex.split(line, comments=True))
+
+
+def check(command: str) -> None:
+    words = shlex.split(command)
+    if words[:2] == ["python", "train.py"]:
+        read_command(words[2:])
+    elif words[0] == "torchrun":
+        read_command(words[words.index("train.py") + 1 :])
+    elif words[:2] == ["python", "eval.py"]:
+        eval.read_command(words[2:])
+    elif words[:2] == ["bash", "make.sh"]:
+        assert re.search(rf"^    {re.escape(words[2])}\)$", MAKE, re.MULTILINE)
+    else:
+        assert words == ["source", ".venv/bin/activate"]
+
+
+@pytest.mark.parametrize("command", [line for line in commands(README) if line])
+def test_commands_of_the_readme_are_understood(command: str) -> None:
+    check(command)
+
+
+def test_commands_of_the_demonstration_are_understood() -> None:
+    shown = re.findall(r"^ +show \$python (.*)$", MAKE, re.MULTILINE)
+    assert len(shown) == 3
+    for command in shown:
+        check(f"python {command}")
+
+
+def test_the_readme_names_the_commands_that_do_everything() -> None:
+    assert {"bash make.sh demo", "bash make.sh test"} <= set(commands(README))
+    ran = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert ran[-1] == "bash make.sh test"
+
+
+def test_flags_in_the_readme_exist() -> None:
+    # Of make.sh, of torchrun, and the word for "any flag".
+    elsewhere = {"--nproc-per-node", "--help"}
+    known = {*flag_types(TrainFlags), *flag_types(ScoreConfig), *elsewhere}
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", README)) <= known
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", text):
+        assert (document.parent / target).exists(), target
+
+
+def test_no_document_names_a_place_of_one_machine() -> None:
+    for path in [*DOCUMENTS, ROOT / "make.sh", ROOT / ".ci" / "run", ROOT / "pyproject.toml"]:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"(?<![\w.$}])/(home|root|opt|mnt|Users)/", text), path
+        assert not re.search(r"--(extra-)?index-url|find-links", text), path
