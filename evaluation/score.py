@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 
 from data.cache import tokenise
-from data.loader import iter_batches
 from data.mimic import AdmissionNotes, open_mimic3
 from data.notes import NoteSource, open_notes
 from data.packing import ClassificationNotes, LanguagePieces
@@ -40,6 +39,7 @@ from training.assemble import (
 from training.objective import Classification, LanguageModelling
 from training.parallel import Ranks, choose_device
 from training.run_folder import locked, private_files
+from training.validation import classifier_logits
 
 Split = Literal["train", "validation", "test"]
 
@@ -160,23 +160,30 @@ def _score_classifier(
     assert isinstance(finished.model, SequenceClassifier)
     source, notes = _open(config, finished)
     split, rows = _rows(config, notes)
+    if len(rows) == 0:
+        raise ValueError("there is no note to score: name other data or another split")
     dataset = make_dataset(
         finished.config,
         notes,
-        rows,
+        rows[np.argsort(notes.cache.lengths(rows), kind="stable")],  # like lengths pass faster
         label_names=finished.label_names,
         is_labelled=config.predict is None,
     )
     assert isinstance(dataset, ClassificationNotes)
-    objective = Classification(finished.model, device)
-    logits = classifier_logits(objective, dataset, micro_tokens=micro_tokens)
+    labels, logits = classifier_logits(
+        Classification(finished.model, device),
+        dataset,
+        rows,
+        Ranks(0, 1, device),
+        micro_tokens=micro_tokens,
+        n_classes=len(finished.label_names),
+    )
     scores = probabilities(logits, multilabel=False)
     results = _what_was_scored(finished, notes, split) | {"truncated": dataset.truncated}
     if config.predict is not None:
         write_predictions(Path(config.predict), rows, scores, finished.label_names)
         return results | {"n": len(rows), "predictions": config.predict}
 
-    labels = notes.cache.label_codes(rows, finished.label_names)
     has_patients = notes.cache.patient_digests is not None
     clusters = patient_groups(notes.cache, rows)
     results |= {
@@ -206,18 +213,6 @@ def _score_classifier(
             patients=clusters if has_patients else None,
         )
     return results
-
-
-@torch.inference_mode()
-def classifier_logits(
-    objective: Classification, notes: ClassificationNotes, *, micro_tokens: int
-) -> NDArray[np.float64]:
-    """Return [n, C] float64, in the order of the notes."""
-    batches = iter_batches(notes, micro_tokens=micro_tokens)
-    logits = [objective.scores(batch).double().cpu().numpy() for batch in batches]
-    if not logits:
-        raise ValueError("there is no note to score: name other data or another split")
-    return np.concatenate(logits)
 
 
 def _open(config: ScoreConfig, finished: FinishedRun) -> tuple[NoteSource, Notes]:

@@ -51,20 +51,39 @@ def validate_classifier(
 ) -> dict[str, float]:
     """Mean loss per note, every note weighing the same, and what `score` says.
 
-    rows: [n], the notes' rows in the cache, in the order of `notes`.
+    rows: [n], the notes' rows in the cache.
     """
-    labels, logits_nC = np.zeros(len(rows), np.int64), np.zeros((len(rows), len(label_names)))
+    labels, logits_nC = classifier_logits(
+        objective, notes, rows, ranks, micro_tokens=micro_tokens, n_classes=len(label_names)
+    )
+    highest = logits_nC.max(axis=1)
+    partition = highest + np.log(np.exp(logits_nC - highest[:, None]).sum(axis=1))
+    loss = float((partition - logits_nC[np.arange(len(rows)), labels]).mean())
+    return {"loss": loss, **(score(labels, logits_nC, label_names) if score else {})}
+
+
+@torch.inference_mode()
+def classifier_logits(
+    objective: Classification,
+    notes: ClassificationNotes,
+    rows: np.ndarray,
+    ranks: Ranks,
+    *,
+    micro_tokens: int,
+    n_classes: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels int64 [n] (zeros where the notes have none) and logits float64 [n, C], on every rank.
+
+    rows: [n], the notes' rows in the cache, in the order that is wanted.
+    """
+    labels, logits_nC = np.zeros(len(rows), np.int64), np.zeros((len(rows), n_classes))
     by_row = np.argsort(rows)
     batches = iter_batches(
         notes, micro_tokens=micro_tokens, rank=ranks.rank, world_size=ranks.count
     )
     for batch in batches:
         place = by_row[np.searchsorted(rows, batch.rows, sorter=by_row)]
-        assert batch.targets is not None
-        labels[place] = batch.targets
+        if batch.targets is not None:
+            labels[place] = batch.targets
         logits_nC[place] = objective.scores(batch).double().cpu().numpy()
-    labels, logits_nC = ranks.sum_array(labels), ranks.sum_array(logits_nC)
-    highest = logits_nC.max(axis=1)
-    partition = highest + np.log(np.exp(logits_nC - highest[:, None]).sum(axis=1))
-    loss = float((partition - logits_nC[np.arange(len(rows)), labels]).mean())
-    return {"loss": loss, **(score(labels, logits_nC, label_names) if score else {})}
+    return ranks.sum_array(labels), ranks.sum_array(logits_nC)
