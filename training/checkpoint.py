@@ -51,10 +51,10 @@ def save_checkpoint(
     optimiser: Mapping[str, Tensor],
     state: Mapping[str, Any],
 ) -> Path:
-    """Write `folder`/step-N, whole or not at all; the same step that is already there stays."""
+    """Write `folder`/step-N, whole or not at all."""
     path = step_folder(folder, step)
-    if path.exists():
-        return path
+    if path.exists():  # a damaged one, which a resumed run has passed over
+        _delete(path)
     with new_folder(path) as aside:
         write_safetensors(aside / "weights.safetensors", weights)
         write_safetensors(aside / "optimiser.safetensors", optimiser)

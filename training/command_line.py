@@ -158,9 +158,9 @@ def _known_flag(name: str, known: Mapping[str, Any]) -> tuple[str, list[str]]:
     """The flag that `name` spells, with ["no"] for the negation of a switch."""
     if name in known or name == "--help":
         return name, []
-    positive = name.replace("--no-", "--", 1)
-    if known.get(positive) is bool:
-        return positive, ["no"]
+    for flag, hint in known.items():
+        if hint is bool and name == _negated(flag):
+            return flag, ["no"]
     near = _OTHER_NAMES.get(name)
     if near not in known:
         dotted = [flag for flag in known if flag.replace(".", "-") == name]
@@ -171,12 +171,18 @@ def _known_flag(name: str, known: Mapping[str, Any]) -> tuple[str, list[str]]:
     raise ValueError(f"{name} is not a flag; {hint}")
 
 
+def _negated(flag: str) -> str:
+    """How a switch is turned off: --no-resume, --lora.no-rslora."""
+    group, dot, name = flag.removeprefix("--").rpartition(".")
+    return f"--{group}{dot}no-{name}"
+
+
 def _check_count(flag: str, values: list[str], hint: Any) -> None:
     if hint is bool:
         if values not in ([], ["no"]):
             raise ValueError(
                 f"{flag} is a switch and takes no value, got {values[-1]!r}; "
-                f"write {flag} or --no-{flag.removeprefix('--')}"
+                f"write {flag} or {_negated(flag)}"
             )
     elif typing.get_origin(hint) is tuple:
         if not values:
@@ -198,9 +204,7 @@ def _default(typed: Flags, from_file: Flags) -> TrainFlags:
         near = difflib.get_close_matches(stage, STAGES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"--stage must be one of {stages}, got {stage}{hint}")
-    if "--resume" in typed and typed["--resume"] != ["no"]:
-        if "--config" in typed:
-            raise ValueError("--resume takes the settings of the run itself; leave --config out")
+    if typed.get("--resume") == []:
         out = given["--out"][0] if "--out" in given else f"runs/{stage}"
         if stage is None and "--out" not in given:
             raise ValueError("--resume needs --out, the folder of the run, or its --stage")
@@ -256,6 +260,8 @@ def _file_flags(typed: Flags, known: Mapping[str, Any]) -> Flags:
     """The settings of --config as flags that were not typed."""
     if "--config" not in typed:
         return {}
+    if typed.get("--resume") == []:
+        raise ValueError("--resume takes the settings of the run itself; leave --config out")
     path = Path(typed["--config"][0])
     if not path.is_file():
         raise ValueError(f"--config {path} does not exist or is not a file")
@@ -348,7 +354,7 @@ def parse(kind: type[Settings], flags: Flags, *, default: Settings, prog: str) -
     words = []
     for flag, values in flags.items():
         if known.get(flag) is bool and values == ["no"]:
-            words.append(f"--no-{flag.removeprefix('--')}")
+            words.append(_negated(flag))
         else:
             _check_values(flag, values, known.get(flag))
             words += [flag, *values]
@@ -360,8 +366,8 @@ def parse(kind: type[Settings], flags: Flags, *, default: Settings, prog: str) -
             return tyro.cli(kind, default=default, args=words, prog=prog)
     except SystemExit:
         # Nothing is known to arrive here; if something does, its words are better than none.
-        words = re.sub(r"[^\x20-\x7e]|--+(?!\w)", " ", box.getvalue()).split()
-        raise ValueError(f"the command line cannot be read: {' '.join(words)}") from None
+        said = re.sub(r"[^\x20-\x7e]|--+(?!\w)", " ", box.getvalue()).split()
+        raise ValueError(f"the command line cannot be read: {' '.join(said)}") from None
 
 
 def _check_values(flag: str, values: list[str], hint: Any) -> None:

@@ -90,6 +90,7 @@ def _run(
     if ranks.is_first:
         check_out(out, resume=resume, overwrite=overwrite)
     config = dataclasses.replace(config, base_dtype=base_dtype(config, ranks.device))
+    torch.manual_seed(config.seed)  # no step draws from it, but whatever might is repeatable
 
     # Notes. The first rank makes the token cache, then the others open it.
     if not ranks.is_first:

@@ -33,7 +33,10 @@ FILES = (
 
 def save(folder: Path, step: int, *, best: int | None = None) -> Path:
     generator = torch.Generator().manual_seed(step)
-    weights = {"a": torch.randn(8, 4, generator=generator), "b": torch.randn(3, generator=generator)}
+    weights = {
+        "a": torch.randn(8, 4, generator=generator),
+        "b": torch.randn(3, generator=generator),
+    }
     position = {"step": step, "best": None if best is None else {"step": best}}
     return save_checkpoint(
         folder,
