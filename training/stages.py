@@ -47,7 +47,7 @@ def downstream() -> RunConfig:
     return RunConfig(
         stage="downstream",
         task="mor",
-        max_length=1024,
+        max_length=512,
         batch_size=20,
         epochs=10.0,
         lr=5e-5,

@@ -174,10 +174,11 @@ def test_a_mistake_in_a_file_is_one_line_too(
 
 
 def test_flags_become_the_config() -> None:
-    command = read_command(
-        [*CLINICAL, *OWN, "--lora.r=4", "--lora.target_modules", "q_proj", "o_proj", "--steps", "9"]
-        + ["--lr", "1e-2", "--batch-size", "3", "--optim.clip", "None", "--overwrite"]
+    words = (
+        "--lora.r=4 --lora.target_modules q_proj o_proj --steps 9 --lr 1e-2 --batch-size 3 "
+        "--optim.clip None --overwrite"
     )
+    command = read_command([*CLINICAL, *OWN, *words.split()])
     config = command.config
     assert (config.model, config.data, config.out) == ("M", "D", "runs/clinical")
     assert config.lora.r == 4 and config.lora.target_modules == ("q_proj", "o_proj")

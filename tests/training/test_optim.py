@@ -139,7 +139,7 @@ def test_optimiser_state_of_another_run_is_refused() -> None:
     stepped(parameters, optimiser, seed=1)
     saved = optimiser_state(optimiser, parameters)
     with pytest.raises(ValueError, match="belongs to another run"):
-        load_optimiser_state(optimiser, parameters, {k: v for k, v in list(saved.items())[1:]})
+        load_optimiser_state(optimiser, parameters, dict(list(saved.items())[1:]))
     saved["matrix/exp_avg"] = torch.zeros(3, 5)
     with pytest.raises(ValueError, match=r"matrix/exp_avg with shape \[3, 5\]"):
         load_optimiser_state(optimiser, parameters, saved)

@@ -15,6 +15,7 @@ import torch
 
 from evaluation.metrics import headline_metrics
 from model.files import read_json
+from training.assemble import load_notes, make_dataset
 from training.config import LoraSettings, RunConfig, to_dict
 from training.parallel import Ranks, choose_device
 from training.run import run
@@ -68,10 +69,13 @@ def numbers(out: Path, name: str) -> list[float]:
 def test_two_ranks_are_one_run(
     stage: str, make_config: Callable[..., RunConfig], tmp_path: Path, repository_root: Path
 ) -> None:
-    """Twenty steps with dropout at one global batch: losses within 1e-5, an epoch's end included.
+    """Twenty steps with dropout at one global batch: losses and gradients within 1e-5.
 
-    The last batch of an epoch has fewer notes than ranks.
+    The last step of each epoch holds one segment, so one rank has nothing to do there.
     """
+    notes = load_notes(make_config(stage))
+    segments = len(make_dataset(make_config(stage), notes, notes.splits.train))
+    batch_size = next(size for size in range(segments // 6, segments) if segments % size == 1)
     config = make_config(
         stage,
         steps=20,
@@ -79,7 +83,7 @@ def test_two_ranks_are_one_run(
         lr=1e-2,
         lora=LoraSettings(r=4, dropout=0.2),
         batch_tokens=None,
-        batch_size=19,
+        batch_size=batch_size,
         micro_tokens=128,
     )
     one = run(replace(config, out=str(tmp_path / "one")), score=headline_metrics)
@@ -99,6 +103,7 @@ def test_two_ranks_are_one_run(
     run(replace(config, out=str(two)), resume=True, score=headline_metrics)
 
 
+@pytest.mark.slow
 def test_two_ranks_stop_and_go_on_together(
     make_config: Callable[..., RunConfig], tmp_path: Path, repository_root: Path
 ) -> None:

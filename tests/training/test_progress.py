@@ -1,4 +1,4 @@
-"""Plain lines where there is no terminal, a bar where there is one, metrics that can be cut back."""
+"""Plain lines where there is no terminal, a bar where there is one, metrics that are cut back."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Whole runs of seconds: resume to the same bytes, what trains and what does not, files, privacy."""
+"""Whole runs of seconds: resume to the same bytes, what trains and what not, files, privacy."""
 
 import json
 import os
@@ -243,7 +243,7 @@ def test_a_full_disk_ends_the_run_and_names_the_last_checkpoint(
 def test_a_second_run_names_resume_and_overwrite(make_config: MakeConfig) -> None:
     config = make_config("clinical", steps=2)
     before = weights_and_states(run(config))
-    with pytest.raises(ValueError, match="--resume.*--overwrite"):
+    with pytest.raises(ValueError, match=r"--resume.*--overwrite"):
         run(config)
     assert weights_and_states(Path(config.out)) == before
     (Path(config.out) / "eval").mkdir()
