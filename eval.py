@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from evaluation.score import ScoreConfig, score_run, summary
+from model.ending import exit_code
 from training.command_line import flag_types, parse, split_flags
-from training.ending import exit_code
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -32,8 +32,8 @@ import sys
 from collections.abc import Sequence
 
 from evaluation.metrics import headline_metrics
+from model.ending import exit_code
 from training.command_line import read_command
-from training.ending import exit_code
 from training.run import run
 
 
@@ -49,8 +49,13 @@ def main(arguments: Sequence[str]) -> int:
             overwrite=command.overwrite,
         )
 
-    advice = "interrupted; continue from the last checkpoint with --resume"
-    return exit_code("train.py", arguments, work, interrupted=advice)
+    return exit_code(
+        "train.py",
+        arguments,
+        work,
+        interrupted="interrupted; continue from the last checkpoint with --resume",
+        out_of_memory="out of memory; try a smaller --micro-tokens",
+    )
 
 
 if __name__ == "__main__":

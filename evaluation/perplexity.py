@@ -10,7 +10,7 @@ import numpy as np
 
 from data.packing import LanguagePieces
 from lora.attach import adapter_names, without_adapters
-from training.loop import RunFailed
+from model.ending import RunFailed
 from training.objective import LanguageModelling
 from training.parallel import Ranks
 from training.validation import validate_language

@@ -6,7 +6,7 @@ match before memory is asked for.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from model.config import DecoderConfig, read_config, write_config
 from model.files import (
+    copy_file,
     file_inside,
+    folder_digest,
     new_folder,
     open_safetensors,
     read_json,
@@ -33,6 +35,13 @@ _SCORE = "score.weight"
 # Older LLaMA files carry RoPE's frequencies, which follow from config.json.
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 _FLOATING = ("F64", "F32", "F16", "BF16")
+
+WEIGHT_FILES = (".json", ".safetensors")  # suffixes of the files that decide what a model computes
+_TOKENIZER_FILES = (
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json",
+)  # fmt: skip
+SHARD_BYTES = 5_000_000_000
 
 
 def load_causal_lm(
@@ -83,17 +92,38 @@ def load_classifier(
     return model
 
 
+def base_fingerprint(folder: Path) -> str:
+    """SHA-256 over config and weights of a base, by which a run knows it again."""
+    return folder_digest(folder, WEIGHT_FILES)
+
+
 def save_model(
     model: CausalLM | SequenceClassifier,
     folder: Path,
     *,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = SHARD_BYTES,
     label_names: Sequence[str] = (),
 ) -> None:
     """Write config.json and the weights into a new folder, all of it or nothing.
 
     A file holds at most `max_shard_bytes` of tensors, or one larger tensor. Adapters are not part
     of a checkpoint: they are saved on their own, or merged first.
+    """
+    with new_folder(Path(folder)) as aside:
+        write_model(model, aside, max_shard_bytes=max_shard_bytes, label_names=label_names)
+
+
+def write_model(
+    model: CausalLM | SequenceClassifier,
+    folder: Path,
+    *,
+    max_shard_bytes: int = SHARD_BYTES,
+    label_names: Sequence[str] = (),
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """`save_model` into a folder that is there, as one of several things that belong into it.
+
+    metadata: entries of the weights' headers.
     """
     for name, module in model.named_modules():
         if isinstance(module, Linear) and module.adapters:
@@ -102,26 +132,53 @@ def save_model(
                 "adapters before the model is saved"
             )
     tensors = model.state_dict()
-    shards = _shards(tensors, max_shard_bytes)
-    with new_folder(Path(folder)) as aside:
-        weight_map: dict[str, str] = {}
-        for i, shard in enumerate(shards, start=1):
-            name = _SINGLE if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-            write_safetensors(aside / name, {key: tensors[key] for key in shard})
-            weight_map |= dict.fromkeys(shard, name)
-        if len(shards) > 1:
-            total_size = sum(tensor.nbytes for tensor in tensors.values())
-            parameters = sum(tensor.numel() for tensor in tensors.values())
-            metadata = {"total_parameters": parameters, "total_size": total_size}
-            write_json(aside / _INDEX, {"metadata": metadata, "weight_map": weight_map})
-        kind = "ForCausalLM" if isinstance(model, CausalLM) else "ForSequenceClassification"
-        write_config(
-            model.config,
-            aside,
-            architecture=f"Llama{kind}",
-            dtype=model.model.embed_tokens.weight.dtype,
-            label_names=label_names or _default_labels(model),
-        )
+    write_weights(
+        folder, tensors, tensors.__getitem__, max_shard_bytes=max_shard_bytes, metadata=metadata
+    )
+    kind = "ForCausalLM" if isinstance(model, CausalLM) else "ForSequenceClassification"
+    write_config(
+        model.config,
+        folder,
+        architecture=f"Llama{kind}",
+        dtype=model.model.embed_tokens.weight.dtype,
+        label_names=label_names or _default_labels(model),
+    )
+
+
+def write_weights(
+    folder: Path,
+    like: Mapping[str, Tensor],
+    read: Callable[[str], Tensor],
+    *,
+    max_shard_bytes: int = SHARD_BYTES,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write the weights of a checkpoint as one file, or as several and their index.
+
+    Args:
+        like: every tensor's shape and dtype under its name; it may be on the meta device.
+        read: gives a tensor by its name; one file's tensors are held at a time.
+    """
+    shards = _shards(like, max_shard_bytes)
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, start=1):
+        name = _SINGLE if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(folder / name, {key: read(key) for key in shard}, metadata)
+        weight_map |= dict.fromkeys(shard, name)
+    if len(shards) > 1:
+        totals = {
+            "total_parameters": sum(tensor.numel() for tensor in like.values()),
+            "total_size": sum(tensor.nbytes for tensor in like.values()),
+        }
+        write_json(folder / _INDEX, {"metadata": totals, "weight_map": weight_map})
+
+
+def copy_tokenizer(source: Path, folder: Path) -> list[str]:
+    """Copy the tokenizer's files of one checkpoint to another and return their names."""
+    names = [name for name in _TOKENIZER_FILES if (source / name).is_file()]
+    for name in names:
+        copy_file(source / name, folder / name)
+    return names
 
 
 def _default_labels(model: nn.Module) -> list[str]:
@@ -131,7 +188,7 @@ def _default_labels(model: nn.Module) -> list[str]:
     return [f"LABEL_{i}" for i in range(model.score.out_features)]
 
 
-def _shards(tensors: dict[str, Tensor], max_bytes: int) -> list[list[str]]:
+def _shards(tensors: Mapping[str, Tensor], max_bytes: int) -> list[list[str]]:
     """Tensor names in order, cut so that each part holds at most `max_bytes` or one tensor."""
     shards: list[list[str]] = []
     room = 0

@@ -5,10 +5,11 @@ to the disk and renamed, so after a crash a reader finds the old content or the 
 writer left behind bears a fixed name (`.NAME.partial`) that the next writer clears.
 """
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,25 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     sync(folder.parent)
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Copy a file's content, atomically and readable by the owner alone."""
+    write_whole(path, lambda aside: shutil.copyfile(source, aside))
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_digest(folder: Path, suffixes: Iterable[str]) -> str:
+    """SHA-256 over names and contents of a folder's own files that have one of the suffixes."""
+    whole = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in set(suffixes)):
+        whole.update(f"{path.name}\0{file_digest(path)}\0".encode())
+    return whole.hexdigest()
 
 
 def sync(path: Path) -> None:

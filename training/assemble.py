@@ -24,19 +24,22 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from lora.attach import attach
 from lora.config import ALL_LINEAR, LoraConfig
 from lora.peft_format import find_adapter, load_adapter
-from model.checkpoint import load_causal_lm, load_classifier
+from model.checkpoint import (
+    WEIGHT_FILES,
+    base_fingerprint,
+    load_causal_lm,
+    load_classifier,
+)
 from model.config import read_config
 from model.decoder import init_weights
-from model.files import open_safetensors, read_json
+from model.files import folder_digest, open_safetensors, read_json
 from model.heads import CausalLM, SequenceClassifier
-from training.checkpoint import folder_digest
 from training.config import BaseDtype, RunConfig, from_dict
 from training.run_folder import RUN_FILE
 from training.stages import SYNTHETIC_COHORT
 
 CLINICAL, DOWNSTREAM = "clinical", "downstream"  # the adapters' names
 HEAD_FILE = "head.safetensors"
-_WEIGHT_FILES = (".json", ".safetensors")
 _VALIDATION_ORDER = 0  # seed of the choice of validation notes: the same in every run
 
 Model = CausalLM | SequenceClassifier
@@ -278,14 +281,9 @@ def fingerprints(config: RunConfig, notes: Notes) -> dict[str, str | None]:
         "base": base_fingerprint(Path(config.model)),
         "init_adapter": None
         if init is None
-        else folder_digest(init_adapter_folder(Path(init)), _WEIGHT_FILES),
+        else folder_digest(init_adapter_folder(Path(init)), WEIGHT_FILES),
         "splits": None if splits is None else folder_digest(Path(splits), (".csv",)),
     }
-
-
-def base_fingerprint(folder: Path) -> str:
-    """SHA-256 over config and weights of a base."""
-    return folder_digest(folder, _WEIGHT_FILES)
 
 
 def check_same_base(config: RunConfig, found: str | None) -> None:

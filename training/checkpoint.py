@@ -13,11 +13,10 @@ complete; and nothing of it is used before every byte has been compared with the
 a flipped bit in a safetensors file loads without a word.
 """
 
-import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.files import new_folder, open_safetensors, read_json, sync, write_json, write_safetensors
+from model.files import (
+    file_digest,
+    new_folder,
+    open_safetensors,
+    read_json,
+    sync,
+    write_json,
+    write_safetensors,
+)
 
 FORMAT = 1
 _FILES = ("weights.safetensors", "optimiser.safetensors", "random.safetensors", "state.json")
@@ -160,20 +167,6 @@ def _verified_step(path: Path) -> int:
     if not isinstance(step, int) or step_folder(path.parent, step) != path:
         raise ValueError(f"{path} holds the checkpoint of step {step}, not of its name")
     return step
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def folder_digest(folder: Path, suffixes: Iterable[str]) -> str:
-    """SHA-256 over names and contents of a folder's own files that have one of the suffixes."""
-    whole = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in set(suffixes)):
-        whole.update(f"{path.name}\0{file_digest(path)}\0".encode())
-    return whole.hexdigest()
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from data.loader import Loader
+from model.ending import RunFailed, Stopped
 from model.files import write_json
 from training.checkpoint import (
     load_weights,
@@ -35,14 +36,6 @@ from training.step import NonFinite, dropout_seed_of, optimiser_step
 
 _VALIDATIONS_IN_A_RUN = 5  # where --eval-every does not say
 _BEST_FILE = "best.json"
-
-
-class RunFailed(RuntimeError):
-    """The run cannot go on, through no fault in what the user typed; exit code 1."""
-
-
-class Stopped(RuntimeError):
-    """The run was told to end by SIGTERM and has saved a checkpoint; exit code 143."""
 
 
 @dataclass

@@ -25,7 +25,8 @@ from data.loader import Loader
 from data.packing import ClassificationNotes, LanguagePieces
 from lora.attach import adapter_names
 from lora.peft_format import save_adapter
-from model.checkpoint import save_model
+from model.checkpoint import copy_tokenizer, save_model
+from model.ending import RunFailed
 from model.files import read_json, write_json, write_safetensors
 from model.heads import CausalLM, SequenceClassifier
 from training.assemble import (
@@ -42,18 +43,13 @@ from training.assemble import (
 )
 from training.checkpoint import sweep
 from training.config import RunConfig
-from training.loop import Loop, RunFailed
+from training.loop import Loop
 from training.objective import Classification, LanguageModelling, balanced_class_weights
 from training.parallel import Ranks, start, stop
 from training.progress import Progress
 from training.record import check_same_run, make_record
 from training.run_folder import RUN_FILE, check_out, clear, locked, private_files
 from training.validation import Score, validate_classifier, validate_language
-
-_TOKENIZER_FILES = (
-    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json",
-)  # fmt: skip
 
 
 def run(
@@ -262,10 +258,7 @@ def _write_model(config: RunConfig, model: Model, notes: Notes, out: Path) -> No
     if config.adapter == "full":
         shutil.rmtree(out / "model", ignore_errors=True)
         save_model(model, out / "model", label_names=notes.label_names)
-        for name in _TOKENIZER_FILES:
-            source = notes.tokenizer.path.parent / name
-            if source.is_file():
-                shutil.copyfile(source, out / "model" / name)
+        copy_tokenizer(notes.tokenizer.path.parent, out / "model")
 
 
 def _introduce(
