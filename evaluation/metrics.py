@@ -10,6 +10,7 @@ one class) is None, never nan and never 0.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -101,8 +102,9 @@ def classification_metrics(
 
     n_clusters = int(cluster_of_row.max()) + 1
     dtype = torch.float32 if len(labels) <= EXACT_NOTES else torch.float64
-    estimates = statistics(torch.ones(n_clusters, 1, dtype=dtype))[:, 0]
-    intervals = _intervals(statistics, len(estimates), n_clusters, dtype, resamples, seed)
+    with _one_thread():
+        estimates = statistics(torch.ones(n_clusters, 1, dtype=dtype))[:, 0]
+        intervals = _intervals(statistics, len(estimates), n_clusters, dtype, resamples, seed)
 
     metrics: dict[str, Any] = {"n": len(labels), "clusters": n_clusters}
     for i, name in enumerate(("accuracy", "f1", "auroc")):
@@ -240,6 +242,17 @@ class _Agreement(NamedTuple):
         """Return [C, resamples]; nan for a class that neither occurs nor is predicted."""
         hits = (self.hits.T @ counts).double()
         return (2 * hits / (self.predicted_and_true.T @ counts)).numpy()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The sums are many and short: threads would wait for each other longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _intervals(
