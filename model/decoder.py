@@ -153,19 +153,24 @@ class Decoder(nn.Module):
         *,
         dropout_seed: int | None = None,
         checkpoint_blocks: bool = False,
+        compute_dtype: torch.dtype | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """Hidden rows [M, D] after the last norm, in the dtype of the embedding.
+        """Hidden rows [M, D] after the last norm, in `compute_dtype`.
 
         Args:
             dropout_seed: switches the adapters' dropout on; one number per optimiser step.
             checkpoint_blocks: keep only each block's input for the backward pass and compute the
                 rest again (Chen et al., arXiv 1604.06174). Same numbers, less memory.
+            compute_dtype: of all activations; weights are cast to it where they are used. Default:
+                that of the embedding.
             cache: earlier tokens of the same sequences; the batch's tokens are added to it.
         """
         assert cache is None or not checkpoint_blocks
         positions = batch.positions if cache is None else cache.extend(batch)
         x_MD = F.embedding(batch.input_ids, self.embed_tokens.weight)
+        if compute_dtype is not None:
+            x_MD = x_MD.to(compute_dtype)
         rope = rope_tables(self.config, positions, x_MD.dtype)
         dropout_keys = None
         if dropout_seed is not None:

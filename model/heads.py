@@ -69,6 +69,7 @@ class CausalLM(nn.Module):
         *,
         dropout_seed: int | None = None,
         checkpoint_blocks: bool = False,
+        compute_dtype: torch.dtype | None = None,
     ) -> Loss:
         """Cross-entropy of every scored token, summed.
 
@@ -76,7 +77,10 @@ class CausalLM(nn.Module):
             labels: [M] int64 as in `supervised_rows`; left on the host, nothing waits for a GPU.
         """
         hidden_MD = self.model(
-            batch, dropout_seed=dropout_seed, checkpoint_blocks=checkpoint_blocks
+            batch,
+            dropout_seed=dropout_seed,
+            checkpoint_blocks=checkpoint_blocks,
+            compute_dtype=compute_dtype,
         )
         rows, targets = supervised_rows(labels, batch.segments)
         rows = rows.to(hidden_MD.device, non_blocking=True)
@@ -115,6 +119,7 @@ class SequenceClassifier(nn.Module):
         class_weights: Tensor | None = None,
         dropout_seed: int | None = None,
         checkpoint_blocks: bool = False,
+        compute_dtype: torch.dtype | None = None,
     ) -> Loss:
         """Cross-entropy of each note's class, or binary cross-entropy of each of its labels.
 
@@ -124,7 +129,10 @@ class SequenceClassifier(nn.Module):
             class_weights: [C], the weight of a note by its class; for one class a note only.
         """
         scores_nC = self.scores(
-            batch, dropout_seed=dropout_seed, checkpoint_blocks=checkpoint_blocks
+            batch,
+            dropout_seed=dropout_seed,
+            checkpoint_blocks=checkpoint_blocks,
+            compute_dtype=compute_dtype,
         )
         denominator = self.denominator(labels, class_weights)
         targets = labels.to(scores_nC.device, non_blocking=True)
@@ -143,10 +151,14 @@ class SequenceClassifier(nn.Module):
         *,
         dropout_seed: int | None = None,
         checkpoint_blocks: bool = False,
+        compute_dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Logits [n, C] of every note, float32 or wider."""
         hidden_MD = self.model(
-            batch, dropout_seed=dropout_seed, checkpoint_blocks=checkpoint_blocks
+            batch,
+            dropout_seed=dropout_seed,
+            checkpoint_blocks=checkpoint_blocks,
+            compute_dtype=compute_dtype,
         )
         last_nD = hidden_MD[batch.segments.cu_seqlens[1:] - 1]
         wide = torch.promote_types(last_nD.dtype, torch.float32)

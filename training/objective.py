@@ -5,14 +5,13 @@ denominator of every micro-batch of a step, and then for their summed losses one
 `denominator` is a number of the host that needs no forward pass and equals `loss(...).denominator`.
 """
 
-from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.packing import PackedBatch
+from data.packing import IGNORED, PackedBatch
 from model.batch import TokenBatch
 from model.heads import CausalLM, Loss, SequenceClassifier
 
@@ -40,11 +39,12 @@ class LanguageModelling:
     ) -> None:
         self.model = model
         self._device = device
+        self._compute_dtype = compute_dtype(model, device)
         self._gradient_checkpointing = gradient_checkpointing
 
     def denominator(self, batch: PackedBatch) -> float:
         assert batch.labels is not None
-        return float(np.count_nonzero(batch.labels != -100))
+        return float(np.count_nonzero(batch.labels != IGNORED))
 
     def loss(self, batch: PackedBatch, *, dropout_seed: int | None) -> Loss:
         return self.model(
@@ -52,6 +52,7 @@ class LanguageModelling:
             torch.from_numpy(batch.labels),  # stays on the host, where its rows are counted
             dropout_seed=dropout_seed,
             checkpoint_blocks=self._gradient_checkpointing and torch.is_grad_enabled(),
+            compute_dtype=self._compute_dtype,
         )
 
 
@@ -68,6 +69,7 @@ class Classification:
     ) -> None:
         self.model = model
         self._device = device
+        self._compute_dtype = compute_dtype(model, device)
         self._gradient_checkpointing = gradient_checkpointing
         self._class_weights = class_weights
 
@@ -87,11 +89,20 @@ class Classification:
             class_weights=None if weights is None else torch.from_numpy(weights),
             dropout_seed=dropout_seed,
             checkpoint_blocks=self._gradient_checkpointing and torch.is_grad_enabled(),
+            compute_dtype=self._compute_dtype,
         )
 
     def scores(self, batch: PackedBatch) -> Tensor:
         """Logits [n, C] of the notes of a batch, which may lack labels."""
-        return self.model.scores(to_device(batch, self._device))
+        tokens = to_device(batch, self._device)
+        return self.model.scores(tokens, compute_dtype=self._compute_dtype)
+
+
+def compute_dtype(model: CausalLM | SequenceClassifier, device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU that has it; elsewhere float32, or wider if the base is."""
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.bfloat16
+    return torch.promote_types(model.model.embed_tokens.weight.dtype, torch.float32)
 
 
 def to_device(batch: PackedBatch, device: torch.device) -> TokenBatch:
@@ -111,8 +122,3 @@ def balanced_class_weights(counts: np.ndarray) -> np.ndarray:
             "part; leave their notes out, or split the data differently"
         )
     return counts.sum() / (len(counts) * counts)
-
-
-def trainable_parameters(model: nn.Module) -> Mapping[str, nn.Parameter]:
-    """The parameters that an update may change, by name, in a fixed order."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -168,6 +168,7 @@ def _owned_folder(
         return
     with locked(out):
         check_out(out, resume=resume, overwrite=overwrite)
+        sweep(out)
         if overwrite:
             clear(out)
         if resume:

@@ -41,6 +41,7 @@ def check_out(out: Path, *, resume: bool, overwrite: bool) -> None:
     if out.exists() and out.stat().st_uid != os.getuid():
         raise ValueError(f"--out {out} belongs to another user; name a folder of your own")
     contents = {entry.name for entry in out.iterdir()} if out.exists() else set()
+    contents = {name for name in contents if not name.endswith(".partial")}  # a killed writer's
     if resume:
         if RUN_FILE not in contents:
             raise ValueError(f"--resume: there is no run in {out}; leave --resume out to start one")

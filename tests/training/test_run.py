@@ -22,12 +22,14 @@ import training.loop
 import training.run
 from evaluation.metrics import headline_metrics
 from model.checkpoint import load_causal_lm
+from model.ending import RunFailed
 from model.files import read_json, write_json
 from tests.training.conftest import CANARY_PATIENT, CANARY_TEXT
 from training.assemble import restore
 from training.checkpoint import load_checkpoint, saved_steps
 from training.config import LoraSettings, RunConfig, to_dict
-from training.loop import RunFailed, is_better
+from training.loop import is_better
+from training.objective import compute_dtype
 from training.run import run
 from training.run_folder import locked
 
@@ -370,20 +372,20 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 def test_sigterm_saves_and_exits_with_143_and_sigkill_loses_little(
     make_config: MakeConfig, tmp_path: Path, repository_root: Path
 ) -> None:
-    config = make_config("clinical", steps=400, eval_every=40, checkpoint_every=20)
+    config = make_config("clinical", steps=200, eval_every=100, checkpoint_every=10)
     whole = run(replace(config, out=str(tmp_path / "whole")))
     config = replace(config, out=str(tmp_path / "broken"))
     checkpoints = Path(config.out) / "checkpoints"
 
     killed = start(command_of(config, tmp_path), repository_root)
-    wait_for(checkpoints / "step-000020", killed)
+    wait_for(checkpoints / "step-000010", killed)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     at_the_kill = saved_steps(checkpoints)[-1]
 
     resume = [sys.executable, "train.py", "--resume", "--out", config.out]
     stopped = start(resume, repository_root)
-    wait_for(checkpoints / f"step-{at_the_kill + 40:06d}", stopped)
+    wait_for(checkpoints / f"step-{at_the_kill + 20:06d}", stopped)
     stopped.send_signal(signal.SIGTERM)
     _, shown = stopped.communicate()
     assert stopped.returncode == 143
@@ -444,3 +446,13 @@ def test_a_failure_is_one_line_and_its_own_exit_code(
     assert last.startswith("train.py: step ") and "was not taken" in last
     assert train.main([*arguments, "--overwrite", "--debug"]) == 1
     assert "Traceback" in capfd.readouterr().err
+
+
+def test_a_base_in_bfloat16_is_computed_in_float32_on_a_cpu(make_config: MakeConfig) -> None:
+    out = run(make_config("clinical", base_dtype="bfloat16", steps=2))
+    wide = run(make_config("clinical", steps=2, out=f"{out}-float32"))
+    assert metrics_of(out)[0]["loss"] == pytest.approx(metrics_of(wide)[0]["loss"], rel=1e-2)
+    assert metrics_of(out)[0]["loss"] != metrics_of(wide)[0]["loss"]
+    restored = restore(out, torch.device("cpu"))
+    assert restored.model.model.embed_tokens.weight.dtype == torch.bfloat16
+    assert compute_dtype(restored.model, torch.device("cpu")) == torch.float32
