@@ -413,11 +413,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, rows, step):
             x_CD, target_C1 = x[start : start + step], targets[start : start + step, None]
             logits_CV = torch.mm(x_CD, w.T, out=buffer[: len(x_CD)]).to(wide)
-            highest_C1, at_C1 = logits_CV.max(-1, keepdim=True)
+            highest_C1 = logits_CV.amax(-1, keepdim=True)
             wanted_C1 = logits_CV.gather(1, target_C1)
             p_CV = torch.softmax(logits_CV, -1, out=logits_CV)
             # logsumexp from the largest probability, exp(highest - logsumexp), never below 1 / V.
-            lse_C1 = highest_C1 - p_CV.gather(1, at_C1).log_()
+            lse_C1 = highest_C1 - p_CV.amax(-1, keepdim=True).log_()
             loss_sum += (lse_C1 - wanted_C1).sum()
             # d loss / d logits = softmax(logits) - one-hot(target), written over the logits.
             p_CV.scatter_add_(1, target_C1, p_CV.new_full(target_C1.shape, -1.0))
