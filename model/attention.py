@@ -6,7 +6,6 @@ group, T their common length. The invariant: a token sees its own segment's past
 
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from model.batch import Group, Segments
@@ -22,6 +21,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         [M, N, H].
     """
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        # Here, not above: its import pulls in torch.compile, seconds that a CPU run never needs.
+        from torch.nn.attention.varlen import varlen_attn
+
         longest = max(segments.lengths)
         cu = segments.cu_seqlens
         return varlen_attn(
