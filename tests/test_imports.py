@@ -27,6 +27,8 @@ ALLOWED = {
     "train.py": {"model", "lora", "data", "training", "evaluation"},
     "eval.py": {"model", "lora", "data", "training", "evaluation"},
 }
+# Commands of a room that may import more: the sample text of a merge needs a tokenizer.
+COMMANDS = {"lora/merge.py": {"data"}}
 NEVER_IMPORTED = {"train", "eval", "tests"}
 RIVALS = {
     "accelerate", "bitsandbytes", "lightning", "liger_kernel", "peft", "pytorch_lightning",
@@ -83,7 +85,7 @@ def test_rooms_import_in_one_direction(room: str) -> None:
         for path in files_of(room)
         if path.exists()
         for name in sorted(imports_of(path))
-        if top(name) in known - allowed
+        if top(name) in known - allowed - COMMANDS.get(str(path.relative_to(ROOT)), set())
     ]
     assert not wrong
 
@@ -120,10 +122,14 @@ def test_no_pickle_and_no_partial_loading() -> None:
     """State is safetensors and JSON; a state dict matches exactly or is refused."""
     wrong = []
     for _, path in project_files():
+        where = str(path.relative_to(ROOT))
         tree = ast.parse(path.read_text(encoding="utf-8"))
         if {top(name) for name in imported_modules(tree)} & {"pickle", "dill", "joblib"}:
-            wrong.append(f"{path.relative_to(ROOT)}: pickle")
+            wrong.append(f"{where}: pickle")
         for node in ast.walk(tree):
+            pickled = {"torch.load", "torch.save"}
+            if isinstance(node, ast.Attribute) and ast.unparse(node) in pickled:
+                wrong.append(f"{where}: {ast.unparse(node)}")
             if not isinstance(node, ast.Call):
                 continue
             called = ast.unparse(node.func)
@@ -131,11 +137,12 @@ def test_no_pickle_and_no_partial_loading() -> None:
                 keyword.arg == "strict" and ast.unparse(keyword.value) == "False"
                 for keyword in node.keywords
             )
-            if called in {"torch.load", "torch.save", "eval", "exec"}:
-                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: {called}")
+            if called in {"eval", "exec"}:
+                wrong.append(f"{where}: {called}")
             if called.endswith("load_state_dict") and partial:
-                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}: strict=False")
-    assert not wrong
+                wrong.append(f"{where}: strict=False")
+    # The one command whose work is to turn old pickled weights into safetensors.
+    assert set(wrong) - {"model/convert.py: torch.load"} == set()
 
 
 def modules_of(room: str) -> list[str]:

@@ -32,6 +32,11 @@ def check(command: str) -> None:
         read_command(words[words.index("train.py") + 1 :])
     elif words[:2] == ["python", "eval.py"]:
         eval.read_command(words[2:])
+    elif words[:2] == ["python", "-m"]:
+        # These commands parse as they run: here each must exist and have the flags.
+        module = ROOT / f"{words[2].replace('.', '/')}.py"
+        flags = {word for word in words[3:] if word.startswith("--")}
+        assert flags <= set(re.findall(r"--[a-z-]+", module.read_text(encoding="utf-8")))
     elif words[:2] == ["bash", "make.sh"]:
         assert re.search(rf"^    {re.escape(words[2])}\)$", MAKE, re.MULTILINE)
     else:
