@@ -12,7 +12,7 @@ What is written keeps to the keys that every release of PEFT since 0.5 reads, an
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,15 @@ _NOT_IN_USE: dict[str, tuple[Any, ...]] = {
 _FLOATS = ("F32", "F16", "BF16")
 
 
+@dataclass(frozen=True)
+class StoredAdapter:
+    """What a PEFT folder holds: settings, update and head, named as in the model."""
+
+    config: LoraConfig
+    update: dict[str, Tensor]  # as by `lora.attach.adapter_state`, float32
+    head: dict[str, Tensor]
+
+
 def save_adapter(
     model: nn.Module,
     name: str,
@@ -97,27 +106,40 @@ def save_adapter(
     config = adapter_config(model, name)
     folder = Path(folder)
     _check_replaceable(folder, name)
-    tensors = {**adapter_state(model, name), **(head or {})}
-    modules_to_save = sorted({key.rpartition(".")[0] for key in head or {}})
+    stored = StoredAdapter(config, adapter_state(model, name), dict(head or {}))
 
     staged, replaced = (folder.with_name(f".{folder.name}.{end}") for end in ("new", "replaced"))
     shutil.rmtree(staged, ignore_errors=True)  # what a killed writer left
     with new_folder(staged) as aside:
-        write_safetensors(
-            aside / TENSORS_FILE,
-            {f"{_PREFIX}{key}": tensor.detach().float() for key, tensor in tensors.items()},
-            # PEFT has no place for an adapter's name; the header of the tensor file has.
-            metadata={"adapter": name},
-        )
-        write_json(
-            aside / CONFIG_FILE, _peft_config(config, model, base_model_name, modules_to_save)
-        )
+        write_adapter(stored, aside, model, name=name, base_model_name=base_model_name)
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
         folder.rename(replaced)
     staged.rename(folder)
     sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_adapter(
+    stored: StoredAdapter,
+    folder: Path,
+    model: nn.Module,
+    *,
+    name: str,
+    base_model_name: str | None,
+) -> None:
+    """Write the two files of a PEFT folder; `model`, whose layers it names, may be without data."""
+    tensors = {**stored.update, **stored.head}
+    write_safetensors(
+        folder / TENSORS_FILE,
+        {f"{_PREFIX}{key}": tensor.detach().float() for key, tensor in tensors.items()},
+        # PEFT has no place for an adapter's name; the header of the tensor file has.
+        metadata={"adapter": name},
+    )
+    modules_to_save = sorted({key.rpartition(".")[0] for key in stored.head})
+    write_json(
+        folder / CONFIG_FILE, _peft_config(stored.config, model, base_model_name, modules_to_save)
+    )
 
 
 def load_adapter(
@@ -132,6 +154,20 @@ def load_adapter(
     Raises:
         ValueError: the files, a setting or a tensor cannot be honoured; the model is as before.
     """
+    stored = read_adapter(model, folder)
+    attach(model, name, stored.config, seed=0, trainable=trainable)
+    load_adapter_state(model, name, stored.update)
+    state = model.state_dict()
+    for key, tensor in stored.head.items():
+        state[key].copy_(tensor)
+    return stored.config
+
+
+def read_adapter(model: nn.Module, folder: Path) -> StoredAdapter:
+    """Read the adapter of a PEFT folder that fits `model`, which may be without data.
+
+    Raises ValueError as `load_adapter` does.
+    """
     folder = find_adapter(folder)
     config = read_adapter_config(folder)
     try:
@@ -144,19 +180,24 @@ def load_adapter(
         rank = config.rank(layer_name)
         update_shapes[f"{layer_name}.lora_A.weight"] = (rank, layer.in_features)
         update_shapes[f"{layer_name}.lora_B.weight"] = (layer.out_features, rank)
-    head_parameters = {
-        f"{head}.{key}": parameter
+    head_shapes = {
+        f"{head}.{key}": tuple(parameter.shape)
         for head, module in heads.items()
         for key, parameter in module.named_parameters()
     }
-    head_shapes = {key: tuple(parameter.shape) for key, parameter in head_parameters.items()}
     tensors = _read_tensors(folder / TENSORS_FILE, {**update_shapes, **head_shapes})
+    return StoredAdapter(
+        config,
+        update={key: tensors[key].float() for key in update_shapes},
+        head={key: tensors[key] for key in head_shapes},
+    )
 
-    attach(model, name, config, seed=0, trainable=trainable)
-    load_adapter_state(model, name, {key: tensors[key] for key in update_shapes})
-    for key, parameter in head_parameters.items():
-        parameter.detach().copy_(tensors[key])
-    return config
+
+def stored_head(folder: Path) -> Tensor | None:
+    """The classification head `score.weight` [C, D] of a PEFT folder; None where it has none."""
+    key = f"{_PREFIX}score.weight"
+    with open_safetensors(folder / TENSORS_FILE) as file:
+        return file.get_tensor(key) if key in file.keys() else None  # noqa: SIM118 (not a dict)
 
 
 def find_adapter(folder: Path) -> Path:
@@ -248,10 +289,14 @@ def _peft_targets(config: LoraConfig, model: nn.Module) -> list[str] | str:
     if not config.is_all_linear and not config.exclude_modules:
         targets = config.target_modules
         return targets if isinstance(targets, str) else list(targets)
-    layers = targeted_layers(model, config)
+    return shortest_targets(tuple(targeted_layers(model, config)), model)
+
+
+def shortest_targets(layers: tuple[str, ...], model: nn.Module) -> list[str]:
+    """The last parts of the layers' names where these select no other layer; else whole names."""
     short_names = tuple(sorted({name.rpartition(".")[2] for name in layers}))
     by_short_names = targeted_layers(model, LoraConfig(target_modules=short_names))
-    return list(short_names if by_short_names.keys() == layers.keys() else layers)
+    return list(short_names if by_short_names.keys() == set(layers) else layers)
 
 
 def _fit(config: LoraConfig, model: nn.Module) -> tuple[LoraConfig, dict[str, nn.Module]]:

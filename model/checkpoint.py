@@ -5,6 +5,7 @@ the tensors it has, name by name and shape by shape, or not at all; and everythi
 match before memory is asked for.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -34,7 +35,12 @@ _SCORE = "score.weight"
 
 # Older LLaMA files carry RoPE's frequencies, which follow from config.json.
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-_FLOATING = ("F64", "F32", "F16", "BF16")
+_FLOATING = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 WEIGHT_FILES = (".json", ".safetensors")  # suffixes of the files that decide what a model computes
 _TOKENIZER_FILES = (
@@ -92,9 +98,40 @@ def load_classifier(
     return model
 
 
+def check_checkpoint(folder: Path) -> None:
+    """Refuse a folder whose weights are not those that its config.json asks for; reads headers."""
+    config, places = read_config(folder), _places(folder)
+    model: CausalLM | SequenceClassifier
+    with torch.device("meta"):
+        if _SCORE in places:
+            with open_safetensors(places[_SCORE]) as file:
+                labels = file.get_slice(_SCORE).get_shape()[0]
+            model = SequenceClassifier(config, labels)
+        else:
+            model = CausalLM(config)
+    _check_match(model, places, folder)
+
+
 def base_fingerprint(folder: Path) -> str:
     """SHA-256 over config and weights of a base, by which a run knows it again."""
     return folder_digest(folder, WEIGHT_FILES)
+
+
+def weights_metadata(folder: Path) -> dict[str, str]:
+    """The entries in the header of a checkpoint's first file."""
+    with open_safetensors(next(iter(_places(Path(folder)).values()))) as file:
+        return dict(file.metadata() or {})
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The widest number format among a checkpoint's tensors but a classifier's wide `score`."""
+    formats: set[str] = set()
+    for path, names in _by_file(_places(Path(folder))).items():
+        with open_safetensors(path) as file:
+            formats |= {file.get_slice(name).get_dtype() for name in names if name != _SCORE}
+    if unknown := formats - set(_FLOATING):
+        raise ValueError(f"{folder} holds {min(unknown)} tensors; read are {', '.join(_FLOATING)}")
+    return functools.reduce(torch.promote_types, [_FLOATING[name] for name in formats])
 
 
 def save_model(
@@ -289,8 +326,7 @@ def _read(
     for path, names in _by_file(places).items():
         with open_safetensors(path) as file:
             for name in names:
-                # A copy, so that nothing in memory depends on the file any more.
-                tensors[name] = file.get_tensor(name).to(device, dtype, copy=True)
+                tensors[name] = file.get_tensor(name).to(device, dtype)
     return tensors
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 MAX_JSON_BYTES = 64 << 20
+_SEAL = "sha256"
 
 
 def read_json(path: Path) -> Any:
@@ -57,7 +58,8 @@ def open_safetensors(path: Path) -> Iterator[Any]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist or is not a file; restore it from where it came")
     try:
-        with safe_open(path, framework="pt") as file:
+        # Read, not mapped: nothing in memory depends on the file, nor counts twice.
+        with safe_open(path, framework="pt", backend="pread") as file:
             yield file
     except SafetensorError as error:
         raise ValueError(
@@ -77,14 +79,40 @@ def file_inside(folder: Path, name: str) -> Path:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON, atomically and readable by the owner alone."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    text = _json_text(value)
     write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def write_sealed_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object with the SHA-256 of its own text as one more entry, `sha256`."""
+    write_json(path, _sealed(value))
+
+
+def read_sealed_json(path: Path) -> dict[str, Any]:
+    """Read what `write_sealed_json` wrote; ValueError if any byte is not as it was written."""
+    found = read_json(path)
+    content = dict(found) if isinstance(found, dict) else {}
+    content.pop(_SEAL, None)
+    if path.read_bytes() != _json_text(_sealed(content)).encode():
+        raise ValueError(f"{path} is damaged: its SHA-256 is not the one that was written")
+    return content
+
+
+def _sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    return {**value, _SEAL: hashlib.sha256(_json_text(value).encode()).hexdigest()}
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
 
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors of any device and layout, atomically and readable by the owner alone."""
+    """Write tensors of any device and layout, atomically and readable by the owner alone.
+
+    The same tensors and metadata make the same bytes.
+    """
     on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # Loaders of the Hugging Face family look for this entry.
     header = {"format": "pt", **(metadata or {})}
@@ -94,8 +122,21 @@ def write_safetensors(
             save_file(on_host, aside, header)
         except SafetensorError as error:
             raise OSError(f"writing {path} failed: {error}") from error
+        _order_metadata(aside)
 
     write_whole(path, save)
+
+
+def _order_metadata(path: Path) -> None:
+    """Put a header's metadata in order of its keys: safetensors writes them in a random one."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
+        assert len(text) == size  # the same entries; behind the header the tensors stay in place
+        file.seek(8)
+        file.write(text)
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -153,6 +194,30 @@ def folder_digest(folder: Path, suffixes: Iterable[str]) -> str:
     for path in sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in set(suffixes)):
         whole.update(f"{path.name}\0{file_digest(path)}\0".encode())
     return whole.hexdigest()
+
+
+def describe_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of files of a folder, by their paths in it: what `check_files` compares."""
+    return {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": file_digest(folder / name)}
+        for name in names
+    }
+
+
+def check_files(folder: Path, described: Mapping[str, Mapping[str, Any]]) -> None:
+    """Compare every byte of the files with what `describe_files` said when they were written.
+
+    Raises ValueError with the name of the first that is missing, of another size or damaged.
+    """
+    for name, written in described.items():
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"{file} is missing")
+        size = file.stat().st_size
+        if size != written["bytes"]:
+            raise ValueError(f"{file} has {size} bytes, but {written['bytes']} were written")
+        if file_digest(file) != written["sha256"]:
+            raise ValueError(f"{file} is damaged: its SHA-256 is not the one that was written")
 
 
 def sync(path: Path) -> None:

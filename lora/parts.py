@@ -1,0 +1,174 @@
+"""What a merge or an export puts together: a base, adapters and a head, found in a run's folder.
+
+The invariant: adapters are only put on the base that they were trained on, and only together with
+those that they were trained on top of. A run's folder vouches for both (`run.json` has the base's
+fingerprint and the adapters in their order); a PEFT folder that lies in none vouches for nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora.peft_format import TENSORS_FILE, find_adapter, stored_head
+from model.checkpoint import base_fingerprint, weights_metadata
+from model.config import read_config
+from model.files import file_digest, open_safetensors, read_json
+from model.heads import CausalLM, SequenceClassifier
+
+RUN_FILE, HEAD_FILE, ADAPTERS = "run.json", "head.safetensors", "adapter"
+MERGED = "merged_adapters"  # entry of the header of merged weights: the adapters in them
+_SCORE = "score.weight"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The folders and the head of one model."""
+
+    base: Path
+    adapters: tuple[Path, ...]  # PEFT folders, in the order of training
+    score: Tensor | None  # [C, D], a classifier's head
+    label_names: tuple[str, ...]  # empty where nothing names them
+    trained_on: str | None  # fingerprint of the adapters' base; None where no run tells it
+
+    @property
+    def names(self) -> list[str]:
+        return [folder.name for folder in self.adapters]
+
+    def empty_model(self) -> CausalLM | SequenceClassifier:
+        """The model's names and shapes, without data."""
+        config = read_config(self.base)
+        with torch.device("meta"):
+            if self.score is None:
+                return CausalLM(config)
+            return SequenceClassifier(config, len(self.score))
+
+
+def parts_of_run(run: Path) -> Parts:
+    """The parts of a finished run.
+
+    Raises:
+        ValueError: no finished run is there, or it trained no adapter.
+    """
+    if not (run / RUN_FILE).is_file():
+        raise ValueError(f"{run} holds no run: {RUN_FILE} is missing")
+    record = _record(run)
+    if not record["finished"]:
+        raise ValueError(f"the run in {run} has not ended; continue it with --resume")
+    if record["config"]["adapter"] == "full":
+        raise ValueError(f"{run} trained all weights, not adapters: use {run / 'model'} as it is")
+    if not record["adapters"]:
+        raise ValueError(f"{run} has no adapter, only a head; there is nothing to put together")
+    score = None
+    if record["labels"]:
+        with open_safetensors(run / HEAD_FILE) as file:
+            if list(file.keys()) != [_SCORE]:
+                raise ValueError(f"{run / HEAD_FILE} does not hold {_SCORE}, and that alone")
+            score = file.get_tensor(_SCORE)
+        if score.dim() != 2 or len(score) != len(record["labels"]) or not score.isfinite().all():
+            raise ValueError(
+                f"{run / HEAD_FILE}: {_SCORE} is not a finite matrix with one row for each of the "
+                f"{len(record['labels'])} labels in {RUN_FILE}"
+            )
+    return Parts(
+        base=Path(record["config"]["model"]),
+        adapters=tuple(run / ADAPTERS / name for name in record["adapters"]),
+        score=score,
+        label_names=tuple(record["labels"]),
+        trained_on=record["fingerprints"]["base"],
+    )
+
+
+def parts_of_folders(base: Path, folders: Sequence[Path]) -> Parts:
+    """A base and PEFT folders, which may be those of a run, of others, or of peft.
+
+    Raises:
+        ValueError: two adapters disagree about the base or the head, or one is missing that
+            another was trained on top of.
+    """
+    adapters = tuple(find_adapter(folder) for folder in folders)
+    digests = [_update_digest(adapter) for adapter in adapters]
+    if len(set(digests)) < len(digests):
+        raise ValueError("one adapter is given twice; it would be added twice")
+    scores: list[Tensor] = []
+    bases: set[str] = set()
+    label_names: tuple[str, ...] = ()
+    for adapter in adapters:
+        head = stored_head(adapter)
+        scores += [head] if head is not None else []
+        run = adapter.resolve().parent.parent
+        if not (run / RUN_FILE).is_file():
+            continue
+        record = _record(run)
+        if adapter.resolve().name not in record["adapters"]:
+            continue
+        bases.add(record["fingerprints"]["base"])
+        label_names = tuple(record["labels"]) if head is not None else label_names
+        for below in record["adapters"][: record["adapters"].index(adapter.resolve().name)]:
+            if _update_digest(run / ADAPTERS / below) not in digests:
+                raise ValueError(
+                    f"{adapter} was trained on top of the adapter {below!r}, which is not given; "
+                    f"give {run / ADAPTERS / below} too, or the whole run"
+                )
+    if len(bases) > 1:
+        raise ValueError("the adapters were trained on different bases; they do not add up")
+    if len(scores) > 1:
+        raise ValueError("two of the adapters carry a classifier's head; a model has one")
+    return Parts(
+        base=base,
+        adapters=adapters,
+        score=scores[0] if scores else None,
+        label_names=label_names,
+        trained_on=bases.pop() if bases else None,
+    )
+
+
+def check_base(parts: Parts) -> None:
+    """Refuse a base that is not the adapters'.
+
+    A base with merged adapters in it is one only for adapters of a run that was trained on it.
+
+    Raises:
+        ValueError: the base has changed, is another one, or is already merged.
+    """
+    merged = weights_metadata(parts.base).get(MERGED)
+    if parts.trained_on is not None and base_fingerprint(parts.base) == parts.trained_on:
+        return
+    if merged is not None:
+        raise ValueError(
+            f"{parts.base} is already merged (with {merged}); give the base that the adapters were "
+            "trained on"
+        )
+    if parts.trained_on is not None:
+        raise ValueError(
+            f"the base {parts.base} is not the one that the adapters were trained on, or has "
+            "changed since; give that base"
+        )
+
+
+def _record(run: Path) -> dict[str, Any]:
+    """run.json, as far as it is asked for here."""
+    path = run / RUN_FILE
+    record = read_json(path)
+    try:
+        found: dict[str, Any] = {
+            "finished": bool(record["finished"]),
+            "config": {key: str(record["config"][key]) for key in ("model", "adapter")},
+            "adapters": [str(name) for name in record["adapters"]],
+            "labels": [str(label) for label in record["labels"]],
+            "fingerprints": {"base": str(record["fingerprints"]["base"])},
+        }
+    except (KeyError, TypeError):
+        raise ValueError(f"{path} is not the record of a run") from None
+    if any(name != Path(name).name for name in found["adapters"]):
+        raise ValueError(f"{path} names adapters that are not folders of the run")
+    return found
+
+
+def _update_digest(adapter: Path) -> str:
+    if not (adapter / TENSORS_FILE).is_file():
+        raise ValueError(f"{adapter / TENSORS_FILE} is missing; the adapter is not complete")
+    return file_digest(adapter / TENSORS_FILE)
