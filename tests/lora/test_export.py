@@ -15,6 +15,7 @@ from lora.config import LoraConfig
 from lora.export import export, main
 from lora.parts import parts_of_run
 from lora.peft_format import load_adapter
+from model.batch import TokenBatch
 from model.checkpoint import load_causal_lm
 from model.files import open_safetensors
 from model.heads import CausalLM, SequenceClassifier
@@ -40,14 +41,16 @@ def base(tmp_path: Path) -> Path:
     return make_base(tmp_path / "base")
 
 
-def logits_with_peft(base: Path, adapter: Path, labels: int = 0) -> torch.Tensor:
+def logits_with_peft(
+    base: Path, adapter: Path, labels: int = 0, batch: TokenBatch = BATCH
+) -> torch.Tensor:
     if labels:
         model = transformers.AutoModelForSequenceClassification.from_pretrained(
             base, num_labels=labels
         )
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    return oracle_logits(peft.PeftModel.from_pretrained(model, adapter).eval(), BATCH)
+    return oracle_logits(peft.PeftModel.from_pretrained(model, adapter).eval(), batch)
 
 
 def logits(model: CausalLM | SequenceClassifier) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Conversion: the bits of transformers' and Meta's files, one line for bad ones, no code run."""
 
+import ast
 import json
 import os
 import pickle
@@ -358,6 +359,16 @@ def refused(capsys: pytest.CaptureFixture[str], out: Path, *arguments: object) -
     assert not out.exists()
     assert not list(out.parent.glob(".*.partial"))
     return printed.err
+
+
+def test_every_load_is_of_weights_only() -> None:
+    loads = [
+        {ast.unparse(keyword) for keyword in node.keywords}
+        for node in ast.walk(ast.parse(Path(model.convert.__file__).read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load"
+    ]
+    assert len(loads) == 1
+    assert "weights_only=True" in loads[0]
 
 
 class Hostile:
