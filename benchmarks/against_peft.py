@@ -6,10 +6,12 @@
 
 `speed` first checks that loss and adapter gradients agree, then times each of the peer's settings
 on its own (attention implementation x batch layout), takes its fastest, and runs ours and the peer
-in turn, a step each. A rate is real tokens (no padding) a second of a whole step: batch, forward,
-backward, clipping, update. Memory is measured in a process for each side: the highest resident
-size during steps less the size before the first. `learning` trains both sides on the same batches
-from the same adapter and compares the held-out perplexity.
+in turn, a step each, every side in a process of its own. A rate is real tokens (no padding) a
+second of a whole step: batch, forward, backward, clipping, update. Memory is the highest resident
+size of a side during its steps, less its size with the model loaded. `learning` trains both sides
+on the same batches from the same adapter and compares the held-out perplexity.
+
+`--peer-flushes-denormals` gives the peer what our runs set for themselves (docs/decisions.md).
 
 Rows are appended to benchmarks/results/against_peft.csv.
 """
@@ -52,7 +54,7 @@ from model.heads import CausalLM
 from training.config import OptimSettings
 from training.objective import LanguageModelling
 from training.optim import make_adamw
-from training.parallel import Ranks
+from training.parallel import Ranks, start
 from training.step import optimiser_step
 
 RESULTS = Path(__file__).parent / "results" / "against_peft.csv"
@@ -96,17 +98,17 @@ PEER_SETTINGS = [
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["speed", "learning", "memory"])
+    parser.add_argument("what", choices=["speed", "learning", "side"])
     parser.add_argument("--model", choices=list(WORKLOADS), default="stories260k")
     parser.add_argument("--real-data", type=Path, required=True)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--side", choices=["ours", "peer"], help=argparse.SUPPRESS)
-    parser.add_argument("--peer-setting", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--peer-flushes-denormals", action="store_true")
+    parser.add_argument("--setting", type=int, help=argparse.SUPPRESS)  # of the peer; ours if none
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.what == "memory":
-        print(json.dumps(measure_memory(options)))
+    if options.what == "side":
+        run_side(options)
         return
     with tempfile.TemporaryDirectory() as folder:
         options.folder = Path(folder)
@@ -168,14 +170,14 @@ def load_pieces(options: argparse.Namespace) -> tuple[LanguagePieces, LanguagePi
 
 
 class Ours:
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, ranks: Ranks) -> None:
         self.model = load_causal_lm(options.folder / "base", dtype=torch.float32, device="cpu")
         self.model.requires_grad_(False)
         load_adapter(self.model, options.folder / ADAPTER, ADAPTER, trainable=True)
         self.objective = LanguageModelling(self.model, torch.device("cpu"))
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimiser = make_adamw(self.parameters, OPTIM)
-        self.ranks = Ranks(0, 1, torch.device("cpu"))
+        self.ranks = ranks
         self.steps = 0
 
     def step(self, batch: PackedBatch) -> float:
@@ -311,30 +313,72 @@ def length_sorted_batches(dataset: LanguagePieces, tokens: int) -> Iterator[Pack
             yield dataset.batch(batches[i])
 
 
-def our_batches(options: argparse.Namespace, dataset: LanguagePieces) -> Iterator[PackedBatch]:
+def batches_of(
+    options: argparse.Namespace, dataset: LanguagePieces, layout: str
+) -> Iterator[PackedBatch]:
+    """The loader's batches for a packed stream; batches of one length for a padded layout."""
     tokens = WORKLOADS[options.model].batch_tokens
+    if layout != "packed":
+        yield from length_sorted_batches(dataset, tokens)
     loader = Loader(dataset, batch_tokens=tokens, micro_tokens=tokens, seed=0)
     while True:
         yield from loader.next_step()
 
 
-def peer_batches(
-    options: argparse.Namespace, dataset: LanguagePieces, layout: str
-) -> Iterator[PackedBatch]:
-    if layout == "packed":
-        return our_batches(options, dataset)
-    return length_sorted_batches(dataset, WORKLOADS[options.model].batch_tokens)
-
-
 # --- what is compared -----------------------------------------------------------------------------
 
 
-def timed(side: Ours | Peer, batches: Iterator[PackedBatch]) -> float:
-    """Real tokens a second of one step."""
-    start = time.perf_counter()
-    batch = next(batches)
-    side.step(batch)
-    return len(batch.input_ids) / (time.perf_counter() - start)
+def run_side(options: argparse.Namespace) -> None:
+    """The process of one side: a step and its rate for every line read, then the memory taken."""
+    if options.setting is None:
+        ranks = start("cpu")
+        side: Ours | Peer = Ours(options, ranks)
+        layout = "packed"
+    else:
+        torch.set_flush_denormal(options.peer_flushes_denormals)
+        attention, layout = PEER_SETTINGS[options.setting]
+        side = Peer(options, attention, layout)
+    batches = batches_of(options, load_pieces(options)[0], layout)
+    before = _resident("VmRSS")
+    # Writing 5 sets the kernel's high-water mark of this process back to the present size.
+    Path("/proc/self/clear_refs").write_text("5")
+    for _ in sys.stdin:
+        begin = time.perf_counter()
+        batch = next(batches)
+        side.step(batch)
+        print(len(batch.input_ids) / (time.perf_counter() - begin), flush=True)
+    print(_resident("VmHWM") - before, flush=True)
+
+
+class SideProcess:
+    """A side in a process of its own, asked for one step at a time."""
+
+    def __init__(self, options: argparse.Namespace, setting: int | None) -> None:
+        arguments = ["--model", options.model, "--real-data", str(options.real_data)]
+        arguments += ["--dropout", str(options.dropout), "--folder", str(options.folder)]
+        if options.peer_flushes_denormals:
+            arguments.append("--peer-flushes-denormals")
+        if setting is not None:
+            arguments += ["--setting", str(setting)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.against_peft", "side", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def step(self) -> float:
+        """Real tokens a second of the next step."""
+        print(file=self.process.stdin, flush=True)
+        return float(self.process.stdout.readline())
+
+    def finish(self) -> float:
+        """MiB that the steps took beyond the loaded model."""
+        self.process.stdin.close()
+        memory = float(self.process.stdout.readline())
+        self.process.wait()
+        return memory
 
 
 def check_agreement(ours: Ours, peer: Peer, batch: PackedBatch) -> float:
@@ -355,53 +399,54 @@ def check_agreement(ours: Ours, peer: Peer, batch: PackedBatch) -> float:
 
 def compare_speed(options: argparse.Namespace) -> None:
     train, _ = load_pieces(options)
-    ours = Ours(options)
-    worst = check_agreement(
-        ours, Peer(options, *PEER_SETTINGS[0]), next(our_batches(options, train))
-    )
+    batch = next(batches_of(options, train, "packed"))
+    worst = check_agreement(Ours(options, start("cpu")), Peer(options, *PEER_SETTINGS[0]), batch)
     print(f"loss and gradients agree within {worst:.1e} (relative L2)")
 
     trials = []
-    for setting in PEER_SETTINGS:
-        peer, batches = Peer(options, *setting), peer_batches(options, train, setting[1])
-        timed(peer, batches)
-        trials.append(statistics.median(timed(peer, batches) for _ in range(3)))
+    for i, setting in enumerate(PEER_SETTINGS):
+        side = SideProcess(options, i)
+        side.step()
+        trials.append(statistics.median(side.step() for _ in range(3)))
+        side.finish()
         print(f"peer, {', '.join(setting)}: {trials[-1]:,.0f} real tokens/s (median of 3 steps)")
     best = int(np.argmax(trials))
-    setting = PEER_SETTINGS[best]
 
-    peer = Peer(options, *setting)
-    mine, theirs = our_batches(options, train), peer_batches(options, train, setting[1])
+    ours, peer = SideProcess(options, None), SideProcess(options, best)
     for _ in range(3):
-        timed(ours, mine)
-        timed(peer, theirs)
-    rates = [(timed(ours, mine), timed(peer, theirs)) for _ in range(options.steps)]
+        ours.step()
+        peer.step()
+    rates = [(ours.step(), peer.step()) for _ in range(options.steps)]
     ratios = sorted(a / b for a, b in rates)
-    print(f"peer's setting: {', '.join(setting)}")
-    row = {
-        "what": "speed",
-        "model": options.model,
-        "dropout": options.dropout,
-        "peer": ", ".join(setting),
-        "steps": options.steps,
-        "ours": round(statistics.median(a for a, _ in rates)),
-        "theirs": round(statistics.median(b for _, b in rates)),
-        "ratio": round(statistics.median(ratios), 3),
-        "lowest_ratio": round(ratios[0], 3),
-        "highest_ratio": round(ratios[-1], 3),
-    }
-    sizes = {side: memory_of(side, options, best) for side in ("ours", "peer")}
-    row |= {"ours_mib": round(sizes["ours"]), "theirs_mib": round(sizes["peer"])}
-    record(row)
+    flushes = ", denormals flushed" if options.peer_flushes_denormals else ""
+    record(
+        {
+            "what": "speed",
+            "model": options.model,
+            "dropout": options.dropout,
+            "peer": ", ".join(PEER_SETTINGS[best]) + flushes,
+            "steps": options.steps,
+            "ours": round(statistics.median(a for a, _ in rates)),
+            "theirs": round(statistics.median(b for _, b in rates)),
+            "ratio": round(statistics.median(ratios), 3),
+            "lowest_ratio": round(ratios[0], 3),
+            "highest_ratio": round(ratios[-1], 3),
+            "ours_mib": round(ours.finish()),
+            "theirs_mib": round(peer.finish()),
+        }
+    )
 
 
 def compare_learning(options: argparse.Namespace) -> None:
     """60 steps of both sides on the same batches, from the same adapter."""
     train, test = load_pieces(options)
-    sides = {"ours": Ours(options), "theirs": Peer(options, "sdpa", "length-sorted, no mask")}
+    sides = {
+        "ours": Ours(options, start("cpu")),
+        "theirs": Peer(options, "sdpa", "length-sorted, no mask"),
+    }
     before = {name: side.perplexity(test) for name, side in sides.items()}
     print("held-out perplexity before:", before)
-    batches = our_batches(options, train)
+    batches = batches_of(options, train, "packed")
     for _ in range(60):
         batch = next(batches)
         losses = [side.step(batch) for side in sides.values()]
@@ -420,41 +465,6 @@ def compare_learning(options: argparse.Namespace) -> None:
             "ratio": round(ratio, 5),
         }
     )
-
-
-def memory_of(side: str, options: argparse.Namespace, setting: int) -> float:
-    """MiB that steps of one side take beyond the loaded model, in a process of its own."""
-    arguments = {
-        "--side": side,
-        "--model": options.model,
-        "--real-data": options.real_data,
-        "--dropout": options.dropout,
-        "--folder": options.folder,
-        "--peer-setting": setting,
-    }
-    command = [sys.executable, "-m", "benchmarks.against_peft", "memory"]
-    for flag, value in arguments.items():
-        command += [flag, str(value)]
-    finished = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(json.loads(finished.stdout.splitlines()[-1]))
-
-
-def measure_memory(options: argparse.Namespace) -> float:
-    """The highest resident size of five steps, less the size before them, in MiB."""
-    train, _ = load_pieces(options)
-    attention, layout = PEER_SETTINGS[options.peer_setting]
-    if options.side == "ours":
-        side: Ours | Peer = Ours(options)
-        batches = our_batches(options, train)
-    else:
-        side = Peer(options, attention, layout)
-        batches = peer_batches(options, train, layout)
-    before = _resident("VmRSS")
-    # Writing 5 sets the kernel's high-water mark of this process back to the present size.
-    Path("/proc/self/clear_refs").write_text("5")
-    for _ in range(5):
-        side.step(next(batches))
-    return _resident("VmHWM") - before
 
 
 def _resident(name: str) -> float:
