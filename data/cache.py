@@ -33,7 +33,7 @@ FORMAT = 1
 BLOCK_CHARACTERS = 1 << 19
 BLOCK_NOTES = 1 << 12
 BLOCKS_BEFORE_WORKERS = 4  # a smaller source is done before the processes would have started
-LABEL_LIMIT = 10_000
+LABEL_LIMIT, LABEL_CHARACTERS = 10_000, 100
 
 _FILES = {  # file: entries a note, beside tokens.bin
     "offsets.bin": np.dtype(np.int64),
@@ -305,6 +305,11 @@ class _Writer:
     def _code(self, label: str | None) -> int:
         if label is None:
             return -1
+        if len(label) > LABEL_CHARACTERS:  # names of labels are written in plain; texts never are
+            raise ValueError(
+                f"{self._description}: a label has {len(label)} characters, and at most "
+                f"{LABEL_CHARACTERS} are allowed; is the label column the right one?"
+            )
         code = self._label_codes.setdefault(label, len(self._label_codes))
         if code >= LABEL_LIMIT:
             raise ValueError(

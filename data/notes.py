@@ -21,6 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 LINE_LIMIT = 1 << 26  # bytes in a line, characters in a field: far above any note, far below memory
+# A gzip file that unpacks to more than BOMB_BYTES and BOMB_RATIO times its size is not notes: text
+# packs five times, a table of repeated templates some fifty times, and a bomb a thousand times.
+BOMB_BYTES, BOMB_RATIO = 1 << 28, 200
 FORMATS = ".csv, .csv.gz, .jsonl, .jsonl.gz, .parquet, .txt, a folder of .txt, or MIMIC-IV-Note"
 MIMIC_IV_NOTE = frozenset(
     ("note_id", "subject_id", "hadm_id", "note_type", "note_seq", "charttime", "storetime", "text")
@@ -213,6 +216,11 @@ class TextFiles:
 
     def __iter__(self) -> Iterator[Note]:
         for path in self._paths:
+            if path.stat().st_size > LINE_LIMIT:
+                raise ValueError(
+                    f"{path}: more than {LINE_LIMIT >> 20} MiB, and a text file is one note; put "
+                    f"the notes into files of their own, or into a table"
+                )
             content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
             try:
                 text = content.decode()
@@ -353,8 +361,15 @@ def _lines(path: Path) -> Iterator[str]:
 def _whole_lines(path: Path, file: io.BufferedIOBase) -> Iterator[bytes]:
     """The file in blocks of about a mebibyte that end where a line ends."""
     rest = b""
+    unpacked, most = 0, max(BOMB_BYTES, BOMB_RATIO * path.stat().st_size)
     try:
         while block := file.read(1 << 20):
+            unpacked += len(block)
+            if unpacked > most:
+                raise ValueError(
+                    f"{path}: it unpacks to more than {BOMB_RATIO} times its size, which no notes "
+                    f"do; if they are notes, unpack the file yourself and name the result"
+                )
             head, newline, tail = block.rpartition(b"\n")
             if newline:
                 yield rest + head + newline
@@ -404,7 +419,7 @@ def _json_object(path: Path, line: int, content: str) -> dict[str, Any]:
         value = json.loads(content, object_pairs_hook=_unique)
     except _DoubledKey:
         raise ValueError(f"{path}: line {line} has a key twice; each key may stand once") from None
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # ValueError: a number of thousands of digits, too
         raise ValueError(
             f"{path}: line {line} is not valid JSON; one object a line is expected: the file may "
             f"be cut off, or be a single JSON document"

@@ -18,6 +18,7 @@ import numpy as np
 from data.cache import TokenCache, digest
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
+LIST_LIMIT = 1 << 30  # bytes of a list, which is read whole
 UNLISTED = 3  # in no list: used nowhere
 
 _LIST_FILES = {
@@ -156,6 +157,8 @@ def _read_list(folder: Path, names: Iterable[str]) -> np.ndarray:
             f"train.csv, validation.csv and test.csv are needed, once each"
         )
     path = found[0]
+    if path.stat().st_size > LIST_LIMIT:
+        raise ValueError(f"{path}: more than {LIST_LIMIT:,} bytes; is it a list of patient ids?")
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = [row for row in csv.reader(file, strict=True) if row]

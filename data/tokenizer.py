@@ -23,6 +23,7 @@ import sentencepiece
 
 SPACE = "\u2581"  # sentencepiece's escaped space
 WORDS_KEPT = 1 << 18  # words in the table before it starts again
+TOKENIZER_LIMIT = 1 << 28  # bytes of a tokenizer file; the largest published have 40 MB
 WORD_CHARACTERS = 64  # longer words are encoded each time they come
 
 
@@ -125,18 +126,28 @@ def _tokenizer_file(path: Path) -> Path:
     )
 
 
+def _read_file(path: Path) -> bytes:
+    size = path.stat().st_size
+    if size > TOKENIZER_LIMIT:
+        raise ValueError(
+            f"{path}: {size:,} bytes, and no tokenizer has more than {TOKENIZER_LIMIT:,}; is it "
+            f"another file under this name?"
+        )
+    return path.read_bytes()
+
+
 class _SentencepieceTokenizer(Tokenizer):
     """A sentencepiece model; special ids are the model's own."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        model = path.read_bytes()
+        model = _read_file(path)
         try:
             if not model:  # sentencepiece takes it, without a piece
                 raise IndexError
             boundaries = _word_boundaries(model)
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except (RuntimeError, IndexError, UnicodeDecodeError):
+        except (RuntimeError, IndexError, TypeError, UnicodeDecodeError):
             raise ValueError(
                 f"{path}: not a sentencepiece model (truncated, or another format under this "
                 f"name); fetch the file again, or name a tokenizer.json"
@@ -177,11 +188,11 @@ class _JsonTokenizer(Tokenizer):
                 f"pip install tokenizers, or name a sentencepiece tokenizer.model"
             ) from None
         self.path = path
-        content = path.read_bytes()
+        content = _read_file(path)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises plain Exception
-            reason = str(error).splitlines()[0][:200]
+            reason = str(error)[:200]
             raise ValueError(f"{path}: not a tokenizer.json that can be read ({reason})") from None
         self._tokenizer.no_truncation()  # many files carry their model's 512 tokens as a limit
         self._tokenizer.no_padding()
@@ -219,7 +230,7 @@ class _JsonTokenizer(Tokenizer):
             token = config.get(f"{name}_token")
             content = token.get("content") if isinstance(token, dict) else token
             if content:
-                if content not in self._ids:
+                if not isinstance(content, str) or content not in self._ids:
                     raise ValueError(
                         f"{self.path.parent}: the {name} token named in its configuration is not "
                         f"in {self.path.name}; the files belong to different tokenizers"
@@ -228,7 +239,7 @@ class _JsonTokenizer(Tokenizer):
         value = numbered.get(f"{name}_token_id")
         if isinstance(value, list):  # Llama 3 lists several end tokens: the first ends a document
             value = value[0] if value else None
-        return value if isinstance(value, int) else None
+        return value if type(value) is int else None
 
 
 def _read_json(path: Path) -> dict:
@@ -236,7 +247,7 @@ def _read_json(path: Path) -> dict:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path}: not valid JSON in UTF-8; fetch the file again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a {type(value).__name__} where a JSON object is expected")
@@ -321,7 +332,8 @@ def _word_boundaries(model: bytes) -> _WordBoundaries | None:
     for number, value in _fields(model):
         if number == _PIECES and isinstance(value, bytes):
             piece = dict(_fields(value))
-            text = bytes(piece.get(_PIECE_TEXT, b"")).decode()
+            # Not bytes(): where a damaged file has a number, that would be so many zeros.
+            text = memoryview(piece.get(_PIECE_TEXT, b"")).tobytes().decode()
             kind = piece.get(_PIECE_TYPE, _NORMAL)
             if kind not in (_NORMAL, _UNKNOWN, _CONTROL, _BYTE):
                 return None

@@ -86,8 +86,14 @@ class ScoreConfig:
         ):
             if column is not None and self.data is None:
                 raise ValueError(f"{flag} names a column of --data, which is not given")
-        if self.predict is not None and Path(self.predict).suffix != ".csv":
-            raise ValueError(f"--predict must be a file that ends in .csv, got {self.predict}")
+        if self.bootstrap > 1_000_000:
+            raise ValueError(f"--bootstrap must be at most 1,000,000, got {self.bootstrap}")
+        if self.predict is not None:
+            predict = Path(self.predict)
+            if predict.suffix != ".csv" or predict.is_dir():
+                raise ValueError(f"--predict must be a file that ends in .csv, got {predict}")
+            if not predict.parent.is_dir():
+                raise ValueError(f"--predict: there is no folder {predict.parent}; make it first")
 
 
 def score_run(config: ScoreConfig) -> dict[str, Any]:
@@ -220,6 +226,7 @@ def _open(config: ScoreConfig, finished: FinishedRun) -> tuple[NoteSource, Notes
     # The run may have been moved since; its caches are made beside it.
     run = dataclasses.replace(finished.config, out=config.run)
     if config.data is None:
+        _check_not_the_notes(config.predict, Path(run.data or "."))
         source, notes = open_source(run), load_notes(run, finished.tokenizer)
         if notes.fingerprint != finished.record["fingerprints"]["data"]:
             raise ValueError(
@@ -228,6 +235,7 @@ def _open(config: ScoreConfig, finished: FinishedRun) -> tuple[NoteSource, Notes
             )
         return source, notes
     data = Path(config.data)
+    _check_not_the_notes(config.predict, data)
     if run.task == "mor" and data.is_dir():
         source = open_mimic3(data, "mor", spill_folder=cache_folder(run))
     else:
@@ -245,6 +253,14 @@ def _open(config: ScoreConfig, finished: FinishedRun) -> tuple[NoteSource, Notes
     return source, Notes(
         finished.tokenizer, cache, splits, finished.label_names, source.fingerprint()
     )
+
+
+def _check_not_the_notes(predict: str | None, data: Path) -> None:
+    """Refuse predictions that would take the place of the notes, or lie where notes are read."""
+    if predict is not None and data.exists():
+        target = Path(predict).resolve()
+        if data.resolve() in (target, target.parent):
+            raise ValueError(f"--predict {predict} is, or lies in, the data; name another file")
 
 
 def _rows(config: ScoreConfig, notes: Notes) -> tuple[str, NDArray[np.uint32]]:

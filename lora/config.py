@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import TypeGuard, TypeVar
 
 ALL_LINEAR = "all-linear"
+MAX_RANK = 65536
+MAX_ALPHA = 1e9  # float32 arithmetic stays finite
 
 _Value = TypeVar("_Value")
 
@@ -105,7 +107,11 @@ class LoraConfig:
 
 def pattern_matches(pattern: str, layer: str) -> bool:
     """PEFT's rule for the keys of `rank_pattern` and `alpha_pattern`."""
-    return re.match(rf"(.*\.)?({pattern})$", layer) is not None
+    return re.match(_anchored(pattern), layer) is not None
+
+
+def _anchored(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})$"
 
 
 def name_matches(target: str, layer: str) -> bool:
@@ -131,13 +137,15 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def _check_rank(setting: str, rank: object) -> None:
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise ValueError(f"{setting} must be a whole number of at least 1, found {rank!r}")
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
+        raise ValueError(f"{setting} must be a whole number from 1 to {MAX_RANK}, found {rank!r}")
 
 
 def _check_alpha(setting: str, alpha: object) -> None:
-    if not _is_number(alpha) or not 0.0 < alpha < math.inf:
-        raise ValueError(f"{setting} must be a positive finite number, found {alpha!r}")
+    if not _is_number(alpha) or not 0.0 < alpha <= MAX_ALPHA:
+        raise ValueError(
+            f"{setting} must be a positive number of at most {MAX_ALPHA:g}, found {alpha!r}"
+        )
 
 
 def _check_patterns(
@@ -147,6 +155,7 @@ def _check_patterns(
         raise ValueError(f"{setting} must map patterns to values, found {patterns!r}")
     for pattern, value in patterns.items():
         _check_pattern(setting, pattern)
+        _check_pattern(setting, _anchored(pattern))  # "(?i)x" is one alone, but not inside another
         check_value(f"{setting}[{pattern!r}]", value)
 
 
@@ -161,5 +170,5 @@ def _check_names(setting: str, names: object, *, allow_pattern: bool = True) -> 
 def _check_pattern(setting: str, pattern: str) -> None:
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{setting}: {pattern!r} is not a regular expression ({error})") from error

@@ -7,6 +7,7 @@ Invariant: no traceback and no text of a note reaches the terminal unless --debu
 
 import argparse
 import difflib
+import errno
 import os
 import sys
 import traceback
@@ -16,6 +17,12 @@ from typing import NoReturn
 import torch
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+
+# What the system says of a path that cannot be used as it was given; a full disk is not among them.
+_WRONG_PATH = {
+    errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT,
+    errno.ENOTDIR, errno.EPERM, errno.EROFS,
+}  # fmt: skip
 
 
 class RunFailed(RuntimeError):
@@ -59,6 +66,9 @@ def _ending(error: BaseException, interrupted: str, out_of_memory: str) -> tuple
             return TERMINATED, str(error)
         case KeyboardInterrupt():
             return INTERRUPTED, interrupted
+        case OSError(errno=number) if number in _WRONG_PATH:
+            # A run that has begun turns these into RunFailed, so the path is one the user named.
+            return WRONG_INPUT, f"{error.filename or 'a path'} cannot be used: {error.strerror}"
         case RunFailed() | OSError():
             return FAILED, str(error)
         case torch.OutOfMemoryError() | MemoryError():

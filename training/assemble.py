@@ -5,6 +5,7 @@ out and with exactly the weights that it wrote. Invariant: before the adapters a
 weight of the base is frozen, and what then trains is named, not inferred.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +31,12 @@ from model.checkpoint import (
     load_causal_lm,
     load_classifier,
 )
-from model.config import read_config
+from model.config import DecoderConfig, read_config
 from model.decoder import init_weights
-from model.files import folder_digest, open_safetensors, read_json
+from model.files import folder_digest, open_safetensors
 from model.heads import CausalLM, SequenceClassifier
 from training.config import BaseDtype, RunConfig, from_dict
-from training.run_folder import RUN_FILE
+from training.run_folder import RUN_FILE, read_record
 from training.stages import SYNTHETIC_COHORT
 
 CLINICAL, DOWNSTREAM = "clinical", "downstream"  # the adapters' names
@@ -194,6 +195,7 @@ def load_base(config: RunConfig, folder: Path, num_labels: int, device: torch.de
         model = load_classifier(folder, num_labels, dtype=dtype, device=device, seed=config.seed)
     elif config.from_scratch:
         shape = read_config(folder)
+        _check_memory(shape, folder)
         model = CausalLM(shape)
         init_weights(model, shape.initializer_range, config.seed)
         model.to(device=device, dtype=dtype)
@@ -205,6 +207,18 @@ def load_base(config: RunConfig, folder: Path, num_labels: int, device: torch.de
             f"{model.config.max_position_embeddings} positions (max_position_embeddings)"
         )
     return model.requires_grad_(False)
+
+
+def _check_memory(shape: DecoderConfig, folder: Path) -> None:
+    """Refuse a base to be drawn that this machine could not hold; one to be read has its files."""
+    with torch.device("meta"):
+        needed = 4 * count_parameters(CausalLM(shape))[1]
+    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > present:
+        raise ValueError(
+            f"{folder}/config.json asks for {needed / 2**30:,.0f} GiB of weights, but this machine "
+            f"has {present / 2**30:,.0f} GiB of memory; choose smaller sizes"
+        )
 
 
 def build_model(config: RunConfig, notes: Notes, device: torch.device) -> Model:
@@ -291,7 +305,7 @@ def check_same_base(config: RunConfig, found: str | None) -> None:
     run_file = Path(config.init_adapter or ".") / RUN_FILE
     if config.init_adapter is None or not run_file.is_file():
         return
-    trained_on = read_json(run_file).get("fingerprints", {}).get("base")
+    trained_on = read_record(run_file.parent)["fingerprints"]["base"]
     if trained_on != found:
         raise ValueError(
             f"--init-adapter {config.init_adapter} was trained on another base than "
@@ -307,13 +321,12 @@ def restore(folder: Path, device: torch.device) -> FinishedRun:
 
     Raises ValueError for a folder that holds no finished run, or whose base has changed.
     """
-    if not (folder / RUN_FILE).is_file():
-        raise ValueError(f"{folder} holds no run: {RUN_FILE} is missing")
-    record = read_json(folder / RUN_FILE)
+    record = read_record(folder)
     config = from_dict(record["config"])
-    if not record.get("finished"):
+    if not record["finished"]:
         raise ValueError(f"the run in {folder} has not ended; continue it with --resume")
-    assert config.model is not None
+    if config.model is None:
+        raise ValueError(f"{folder / RUN_FILE} is damaged: it names no base")
     label_names = tuple(record["labels"])
     is_full = config.adapter == "full"
     base = folder / "model" if is_full else Path(config.model)
@@ -324,9 +337,13 @@ def restore(folder: Path, device: torch.device) -> FinishedRun:
         load_adapter(model, folder / "adapter" / name, name, trainable=False)
     if isinstance(model, SequenceClassifier):
         with open_safetensors(folder / HEAD_FILE) as file:
-            model.load_state_dict(
-                {**model.state_dict(), "score.weight": file.get_tensor("score.weight")}
+            head = file.get_tensor("score.weight")
+        if head.shape != model.score.weight.shape or head.dtype != torch.float32:
+            raise ValueError(
+                f"{folder / HEAD_FILE} holds a head of {list(head.shape)} {head.dtype}; the run's "
+                f"is {list(model.score.weight.shape)} torch.float32"
             )
+        model.score.weight.data.copy_(head)
     model.requires_grad_(False)
     return FinishedRun(
         config,

@@ -314,7 +314,16 @@ def _flatten(
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without tags, aliases (which can explode) and duplicate keys (the last would win)."""
+    """YAML without tags, aliases (which can explode) and duplicate keys (the last would win).
+
+    A plain word is true, false, null or text. YAML's own numbers hold surprises: 1:30 is 90, 0377
+    is 255 and 1e-4 is text; a flag's value is read as if typed.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, word) for tag, word in known if tag.endswith((":bool", ":null", ":merge"))]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):

@@ -6,7 +6,6 @@ field is what `--help` prints.
 """
 
 import dataclasses
-import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 def _check(flag: str, value: float | None, allowed: str, holds: bool) -> None:
     """Raise ValueError naming the flag unless `holds`; a value of None is "not set" and passes."""
-    if value is not None and not (math.isfinite(value) and holds):
+    if value is not None and not (holds and abs(value) < 1e300):  # an int may be no float
         raise ValueError(f"{flag} must be {allowed}, got {value}")
 
 
@@ -43,7 +42,7 @@ class LoraSettings:
     def check(self) -> None:
         """Raise ValueError naming the flag whose value is out of range."""
         _check("--lora.r", self.r, "a whole number from 1 to 65536", 1 <= self.r <= 65536)
-        _check("--lora.alpha", self.alpha, "a number above 0", self.alpha > 0)
+        _check("--lora.alpha", self.alpha, "a number above 0, up to 1e9", 0 < self.alpha <= 1e9)
         _check("--lora.dropout", self.dropout, "from 0 to below 1", 0 <= self.dropout < 1)
         if not self.target_modules:
             raise ValueError(
@@ -172,15 +171,15 @@ class RunConfig:
     def __post_init__(self) -> None:
         self.lora.check()
         self.optim.check()
-        tenths = self.test_share * 10
-        _check("--max-length", self.max_length, "at least 2", self.max_length >= 2)
+        _check("--max-length", self.max_length, "from 2 to 2**31 - 1", 2 <= self.max_length < 2**31)
         _check(
             "--test-share",
             self.test_share,
             "a whole number of tenths from 0.1 to 0.8",
-            1 <= round(tenths) <= 8 and abs(tenths - round(tenths)) < 1e-9,
+            any(abs(self.test_share * 10 - tenths) < 1e-9 for tenths in range(1, 9)),
         )
-        _check("--workers", self.workers, "at least 1", self.workers is None or self.workers >= 1)
+        workers = self.workers
+        _check("--workers", workers, "from 1 to 1024", workers is None or 1 <= workers <= 1024)
         for flag, whole in (
             ("--batch-tokens", self.batch_tokens),
             ("--batch-size", self.batch_size),
@@ -192,7 +191,9 @@ class RunConfig:
             ("--keep-checkpoints", self.keep_checkpoints),
         ):
             _check(flag, whole, "at least 1", whole is None or whole >= 1)
-        _check("--epochs", self.epochs, "above 0", self.epochs is None or self.epochs > 0)
+            _check(flag, whole, "below 2**31", whole is None or whole < 2**31)
+        epochs = self.epochs
+        _check("--epochs", epochs, "above 0, up to 1e6", epochs is None or 0 < epochs <= 1e6)
         _check("--lr", self.lr, "above 0", self.lr > 0)
         _check("--seed", self.seed, "from 0 to 2**31 - 1", 0 <= self.seed < 2**31)
         self._check_pairs()

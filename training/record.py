@@ -19,9 +19,8 @@ from lora.attach import adapter_names
 from training.assemble import Model, Notes, check_same_base, count_parameters, fingerprints
 from training.config import RunConfig, to_dict
 from training.parallel import Ranks
-from training.run_folder import RUN_FILE
+from training.run_folder import FORMAT
 
-FORMAT = 1
 _PACKAGES = ("torch", "triton", "numpy", "safetensors", "sentencepiece", "tokenizers", "duckdb")
 # Settings that a resumed run may change. They say where things lie, which the fingerprints check by
 # content instead, and what is kept.
@@ -57,8 +56,6 @@ def make_record(
 
 def check_same_run(saved: Mapping[str, Any], record: Mapping[str, Any]) -> None:
     """Refuse to resume a run whose settings, notes, base or number of steps are others now."""
-    if saved.get("format") != FORMAT:
-        raise ValueError(f"--resume: {RUN_FILE} is of another version; start a new run")
     changed = [
         f"{flag} was {before} and is {now}"
         for flag, before, now in _differences(saved["config"], record["config"], "--")

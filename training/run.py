@@ -27,7 +27,7 @@ from lora.attach import adapter_names
 from lora.peft_format import save_adapter
 from model.checkpoint import copy_tokenizer, save_model
 from model.ending import RunFailed
-from model.files import read_json, write_json, write_safetensors
+from model.files import write_json, write_safetensors
 from model.heads import CausalLM, SequenceClassifier
 from training.assemble import (
     CLINICAL,
@@ -48,7 +48,7 @@ from training.objective import Classification, LanguageModelling, balanced_class
 from training.parallel import Ranks, start, stop
 from training.progress import Progress
 from training.record import check_same_run, make_record
-from training.run_folder import RUN_FILE, check_out, clear, locked, private_files
+from training.run_folder import RUN_FILE, check_out, clear, locked, private_files, read_record
 from training.validation import Score, validate_classifier, validate_language
 
 
@@ -172,7 +172,7 @@ def _owned_folder(
         if overwrite:
             clear(out)
         if resume:
-            saved = read_json(out / RUN_FILE)
+            saved = read_record(out)
             check_same_run(saved, record)
             record["began"] = saved["began"]
             sweep(out / "checkpoints")

@@ -19,8 +19,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from model.files import read_json
 
 RUN_FILE = "run.json"
+FORMAT = 1  # of run.json
+INPUTS = ("data", "tokenizer", "base", "init_adapter", "splits")  # each has a fingerprint there
 _CONTENTS = {
     RUN_FILE, "metrics.jsonl", "tensorboard", "checkpoints", "adapter", "model",
     "head.safetensors", "eval",
@@ -55,6 +60,37 @@ def check_out(out: Path, *, resume: bool, overwrite: bool) -> None:
                 f"--out {out} already holds a run: continue it with --resume, replace it with "
                 "--overwrite, or name another folder"
             )
+
+
+def read_record(out: Path) -> dict[str, Any]:
+    """run.json of the run in `out`; ValueError where it is missing, damaged or of another version.
+
+    The settings in it are checked by `training.config.from_dict`.
+    """
+    path = out / RUN_FILE
+    if not path.is_file():
+        raise ValueError(f"{out} holds no run: {RUN_FILE} is missing")
+    record = read_json(path)
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise ValueError(f"{path} is not the record of a run, or of another version of them")
+    prints = record.get("fingerprints")
+    is_whole = (
+        isinstance(record.get("config"), dict)
+        and isinstance(prints, dict)
+        and set(prints) == set(INPUTS)
+        and all(value is None or isinstance(value, str) for value in prints.values())
+        and all(_is_names(record.get(key)) for key in ("labels", "adapters"))
+        and isinstance(record.get("began"), str)
+        and type(record.get("total_steps")) is int
+        and type(record.get("finished")) is bool
+    )
+    if not is_whole:
+        raise ValueError(f"{path} is damaged: an entry that every run writes is missing or wrong")
+    return record
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 @contextmanager
