@@ -37,7 +37,7 @@ from training.assemble import (
     restore,
 )
 from training.objective import Classification, LanguageModelling
-from training.parallel import Ranks, choose_device
+from training.parallel import Ranks, choose_device, flush_denormals
 from training.run_folder import locked, private_files
 from training.validation import classifier_logits
 
@@ -102,6 +102,7 @@ def score_run(config: ScoreConfig) -> dict[str, Any]:
     With `predict` only that file is written, and the results say on how many notes.
     Raises ValueError for the user's mistakes, RunFailed for losses that are not finite.
     """
+    flush_denormals()
     device = choose_device(config.device)
     with private_files():
         finished = restore(Path(config.run), device)

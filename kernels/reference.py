@@ -259,8 +259,8 @@ class _LoraLinear(torch.autograd.Function):
         num_layers: int,
         updates: tuple[_Update, ...],
         x: Tensor,
-        keys: Tensor | None,
-        *tensors: Tensor | None,
+        keys: Any,
+        *tensors: Any,
     ) -> tuple[Tensor, ...]:
         dtype, width = x.dtype, x.shape[1]
         layers = zip(tensors[: 2 * num_layers : 2], tensors[1 : 2 * num_layers : 2], strict=True)
@@ -295,7 +295,7 @@ class _LoraLinear(torch.autograd.Function):
         dtype, first = x.dtype, 2 * ctx.num_layers
         grads: list[Tensor | None] = [None] * len(tensors)
 
-        dx: Tensor | None = None
+        dx: Any = None  # a tensor from the first layer on, where x needs its gradient
         for i, dy in enumerate(douts):
             weight, bias = tensors[2 * i], tensors[2 * i + 1]
             if needs_x:
@@ -322,7 +322,8 @@ class _LoraLinear(torch.autograd.Function):
             if any(needs[first::2]):
                 da = ds.T @ x
                 for u, update in enumerate(updates):
-                    grads[first + 2 * u] = da[update.columns].to(down[u].dtype)
+                    if needs[first + 2 * u]:
+                        grads[first + 2 * u] = da[update.columns].to(down[u].dtype)
             if needs_x:
                 dx.addmm_(ds, _stacked(down, dtype))
             return None, None, dx, None, *grads
@@ -393,7 +394,7 @@ def lora_linear(
 # --- the head and its loss ----------------------------------------------------------------------
 
 # Logits of one chunk, in elements: large enough for efficient products, small beside a model.
-_CHUNK_ELEMENTS = 1 << 23
+CHUNK_ELEMENTS = 1 << 23
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -407,7 +408,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dw = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         loss_sum = x.new_zeros((), dtype=wide)
-        step = max(1, _CHUNK_ELEMENTS // vocabulary)
+        step = max(1, CHUNK_ELEMENTS // vocabulary)
         # One buffer for every chunk: fresh memory of this size costs more than the product.
         buffer = x.new_empty(min(step, rows), vocabulary)
         for start in range(0, rows, step):

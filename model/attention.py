@@ -26,17 +26,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
 
         longest = max(segments.lengths)
         cu = segments.cu_seqlens
-        return varlen_attn(
-            q,
-            k,
-            v,
-            cu,
-            cu,
-            longest,
-            longest,
-            window_size=(-1, 0),
-            enable_gqa=q.shape[1] != k.shape[1],
+        is_grouped = q.shape[1] != k.shape[1]
+        out = varlen_attn(
+            q, k, v, cu, cu, longest, longest, window_size=(-1, 0), enable_gqa=is_grouped
         )
+        assert isinstance(out, Tensor)  # a pair only when more is asked for
+        return out
     outputs = [_attend_group(q, k, v, group) for group in segments.groups]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

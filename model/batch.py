@@ -31,7 +31,7 @@ class Group:
     inverse: Tensor | None  # [stop - start] where each token stands in the flattened index
 
     def to(self, device: torch.device | str) -> Self:
-        if self.index is None:
+        if self.index is None or self.inverse is None:
             return self
         return type(self)(
             self.start,

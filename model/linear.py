@@ -5,6 +5,7 @@ the same object under the same name, so a checkpoint's keys never change.
 """
 
 from collections.abc import Sequence
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,17 @@ from torch import Tensor, nn
 import kernels
 
 
+class Adapter(Protocol):
+    """What stands in a layer's slot."""
+
+    def low_rank(self) -> kernels.LowRank: ...
+
+
 class Linear(nn.Module):
     """y = x W^T + bias + what the attached adapters add.
 
-    weight: [N, K]. bias: [N] or None. adapters: name -> module with `low_rank()`, which gives the
-    adapter as `kernels.LowRank`; filled by `lora.attach`.
+    weight: [N, K]. bias: [N] or None. adapters: name -> module that is an `Adapter`; filled by
+    `lora.attach`.
     """
 
     def __init__(
@@ -39,7 +46,8 @@ class Linear(nn.Module):
         self.adapters = nn.ModuleDict()
 
     def operands(self) -> kernels.LinearOperands:
-        adapters = tuple(adapter.low_rank() for adapter in self.adapters.values())
+        slot = cast(Sequence[Adapter], self.adapters.values())
+        adapters = tuple(adapter.low_rank() for adapter in slot)
         return kernels.LinearOperands(self.weight, self.bias, adapters)
 
     def forward(self, x: Tensor, dropout_keys: Tensor | None = None) -> Tensor:

@@ -76,9 +76,7 @@ def start(device: str | None) -> Ranks:
     torchrun tells each process its place through RANK, WORLD_SIZE and LOCAL_RANK. Host values
     travel by gloo and device tensors by nccl, so a sum of numbers never waits for the GPU.
     """
-    # Numbers below 1.2e-38 become 0. Attention is full of them (the probability of a far key), and
-    # a CPU takes a hundred times longer over each. Threads inherit this: first of all, therefore.
-    torch.set_flush_denormal(True)
+    flush_denormals()
     rank = int(os.environ.get("RANK", "0"))
     count = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = choose_device(device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
@@ -88,6 +86,15 @@ def start(device: str | None) -> Ranks:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=count, timeout=_TIMEOUT)
     return Ranks(rank=rank, count=count, device=chosen)
+
+
+def flush_denormals() -> None:
+    """Let a CPU take numbers below 1.2e-38 for 0; to be called before torch starts its threads.
+
+    Attention is full of such numbers (the probability of a far key), and each one costs a CPU a
+    hundred ordinary operations. Threads inherit the setting from the thread that starts them.
+    """
+    torch.set_flush_denormal(True)
 
 
 def stop(ranks: Ranks) -> None:
