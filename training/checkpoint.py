@@ -5,12 +5,13 @@ A checkpoint is a folder `checkpoints/step-000060/` of safetensors and JSON:
     weights.safetensors    the trainable parameters
     optimiser.safetensors  AdamW's moments and step counts, by parameter
     random.safetensors     the generators' states
-    state.json             step, data position, best validation so far, size of metrics.jsonl
-    manifest.json          size and SHA-256 of each of them; written last
+    state.json             step, data position, best validation so far, lines of metrics.jsonl
+    manifest.json          size and SHA-256 of each of them, and its own SHA-256; written last
 
 Two invariants. The folder is made aside, synced and renamed, so a name of the form step-N is always
 complete; and nothing of it is used before every byte has been compared with the manifest, because
-a flipped bit in a safetensors file loads without a word.
+a flipped bit in a safetensors file loads without a word. The same moment of a run makes the same
+bytes, so nothing in a checkpoint depends on the clock.
 """
 
 import os
@@ -25,13 +26,16 @@ import torch
 from torch import Tensor
 
 from model.files import (
-    file_digest,
+    check_files,
+    describe_files,
     new_folder,
     open_safetensors,
     read_json,
+    read_sealed_json,
     sync,
     write_json,
     write_safetensors,
+    write_sealed_json,
 )
 
 FORMAT = 1
@@ -67,17 +71,14 @@ def save_checkpoint(
         write_safetensors(aside / "optimiser.safetensors", optimiser)
         write_safetensors(aside / "random.safetensors", random_state())
         write_json(aside / "state.json", dict(state))
-        files = {
-            name: {"bytes": (aside / name).stat().st_size, "sha256": file_digest(aside / name)}
-            for name in _FILES
-        }
-        write_json(aside / "manifest.json", {"format": FORMAT, "step": step, "files": files})
+        files = describe_files(aside, _FILES)
+        write_sealed_json(aside / "manifest.json", {"format": FORMAT, "step": step, "files": files})
     return path
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read one checkpoint; ValueError names the file that is not what was written."""
-    step = _verified_step(path)
+    step = check_checkpoint(path)
     return Checkpoint(
         step=step,
         weights=_read_tensors(path / "weights.safetensors"),
@@ -89,7 +90,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 def load_weights(path: Path) -> dict[str, Tensor]:
     """Read the weights of one checkpoint, the whole of which is verified first."""
-    _verified_step(path)
+    check_checkpoint(path)
     return _read_tensors(path / "weights.safetensors")
 
 
@@ -116,12 +117,18 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}"
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints and those that these name as their best."""
+def prune(folder: Path, newest: int, keep: int) -> None:
+    """Delete all but the last `keep` checkpoints up to step `newest` and those they name as best.
+
+    Later ones go too: they are damaged, for a resumed run has passed them over.
+    """
     steps = saved_steps(folder)
-    kept = set(steps[-keep:])
-    for step in steps[-keep:]:
-        best = read_json(step_folder(folder, step) / "state.json")["position"]["best"]
+    kept = set([step for step in steps if step <= newest][-keep:])
+    for step in sorted(kept):
+        try:
+            best = read_json(step_folder(folder, step) / "state.json")["position"]["best"]
+        except (ValueError, LookupError, TypeError):
+            continue  # damaged since; nothing will be resumed from it
         if best is not None:
             kept.add(best["step"])
     for step in steps:
@@ -147,25 +154,18 @@ def _delete(path: Path) -> None:
     shutil.rmtree(aside)
 
 
-def _verified_step(path: Path) -> int:
-    manifest = read_json(path / "manifest.json")
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+def check_checkpoint(path: Path) -> int:
+    """Compare every byte of a checkpoint with its manifest; returns the step that it is of.
+
+    Raises ValueError with the name of the file that is not what was written.
+    """
+    manifest = read_sealed_json(path / "manifest.json")
+    if manifest.get("format") != FORMAT or set(manifest["files"]) != set(_FILES):
         raise ValueError(f"{path}/manifest.json is not of format {FORMAT}, the one that is read")
-    files = manifest.get("files")
-    if not isinstance(files, dict) or set(files) != set(_FILES):
-        raise ValueError(f"{path}/manifest.json does not list the files of a checkpoint")
-    for name, written in files.items():
-        file = path / name
-        size = file.stat().st_size if file.is_file() else None
-        if size is None:
-            raise ValueError(f"{file} is missing")
-        if size != written["bytes"]:
-            raise ValueError(f"{file} has {size} bytes, but {written['bytes']} were written")
-        if file_digest(file) != written["sha256"]:
-            raise ValueError(f"{file} is damaged: its SHA-256 is not the one that was written")
-    step = manifest.get("step")
-    if not isinstance(step, int) or step_folder(path.parent, step) != path:
-        raise ValueError(f"{path} holds the checkpoint of step {step}, not of its name")
+    step = int(manifest["step"])
+    if step_folder(path.parent, step) != path:
+        raise ValueError(f"{path}/manifest.json is of step {step}, not of the step in its name")
+    check_files(path, manifest["files"])
     return step
 
 

@@ -113,14 +113,7 @@ def test_damage_is_noticed_and_an_older_checkpoint_taken(
         save(tmp_path, step)
     path = step_folder(tmp_path, 3)
     damage(path / name)
-    if name == "manifest.json" and damage in (flip_a_bit, cut_the_end, lengthen):
-        # The manifest itself has no digest; a change that leaves it true may pass.
-        found, _ = newest_good(tmp_path)
-        assert found is not None and torch.equal(
-            found.weights["a"], load_checkpoint(step_folder(tmp_path, found.step)).weights["a"]
-        )
-        return
-    with pytest.raises((ValueError, OSError), match=r"step-000003|written"):
+    with pytest.raises(ValueError, match=rf"step-000003/{name}"):
         load_checkpoint(path)
     found, complaints = newest_good(tmp_path)
     assert found is not None and found.step == 2
@@ -188,11 +181,33 @@ def test_a_save_that_dies_anywhere_leaves_the_previous_checkpoint(
 def test_the_newest_stay_and_those_they_call_best(tmp_path: Path) -> None:
     for step, best in ((2, 2), (4, 4), (6, 4), (8, 4), (10, 4)):
         save(tmp_path, step, best=best)
-    prune(tmp_path, 2)
+    prune(tmp_path, 10, 2)
     assert saved_steps(tmp_path) == [4, 8, 10]
     save(tmp_path, 12, best=12)
-    prune(tmp_path, 1)
+    prune(tmp_path, 12, 1)
     assert saved_steps(tmp_path) == [12]
+
+
+def test_damaged_checkpoints_neither_stop_a_pruning_nor_outlive_it(tmp_path: Path) -> None:
+    """Steps 6 and 8 were passed over, the run went on from 4, and step 2 rotted meanwhile."""
+    for step in (2, 4, 5, 6, 8):
+        save(tmp_path, step, best=4)
+    for step in (2, 6, 8):
+        flip_the_first_byte(step_folder(tmp_path, step) / "state.json")
+    prune(tmp_path, 5, 3)
+    assert saved_steps(tmp_path) == [2, 4, 5]
+    save(tmp_path, 6, best=6)
+    prune(tmp_path, 6, 1)
+    assert saved_steps(tmp_path) == [6]
+
+
+def test_the_same_moment_makes_the_same_bytes(tmp_path: Path) -> None:
+    for folder in ("one", "other"):
+        torch.manual_seed(3)
+        save(tmp_path / folder, 4, best=2)
+    for name in FILES:
+        one, other = (tmp_path / f / "step-000004" / name for f in ("one", "other"))
+        assert one.read_bytes() == other.read_bytes()
 
 
 def test_a_deletion_that_dies_shows_no_half_checkpoint(
@@ -208,7 +223,7 @@ def test_a_deletion_that_dies_shows_no_half_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", dying)
         with pytest.raises(Killed):
-            prune(tmp_path, 1)
+            prune(tmp_path, 2, 1)
     assert saved_steps(tmp_path) == [2]
     sweep(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000002"]

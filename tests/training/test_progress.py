@@ -12,8 +12,8 @@ from training.progress import Progress
 METRICS = {"loss": 1.5, "lr": 1e-3, "gradient_norm": 0.5, "tokens": 100}
 
 
-def make(folder: Path | None, *, first: int = 0, size: int = 0) -> Progress:
-    return Progress(folder, total_steps=10, first_step=first, metrics_bytes=size)
+def make(folder: Path | None, *, first: int = 0, lines: int = 0) -> Progress:
+    return Progress(folder, total_steps=10, first_step=first, metrics_lines=lines)
 
 
 def lines_of(folder: Path) -> list[dict[str, float]]:
@@ -58,16 +58,17 @@ def test_metrics_after_the_checkpoint_are_cut_off(tmp_path: Path) -> None:
     progress = make(tmp_path)
     for step in (1, 2):
         progress.step(step, seconds=0.1, tokens=1000, metrics=METRICS)
-    size = progress.sync()
+    lines = progress.sync()
+    assert lines == 2
     progress.step(3, seconds=0.1, tokens=1000, metrics=METRICS)
     progress.close()
     assert len(lines_of(tmp_path)) == 3
-    progress = make(tmp_path, first=2, size=size)
+    progress = make(tmp_path, first=2, lines=lines)
     progress.step(3, seconds=0.1, tokens=7, metrics=METRICS)
     progress.close()
     assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3]
     with pytest.raises(ValueError, match="shorter than when the checkpoint was written"):
-        make(tmp_path, first=2, size=10**6)
+        make(tmp_path, first=2, lines=4)
 
 
 def test_other_ranks_are_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
