@@ -16,7 +16,8 @@ Several GPUs or processes share a run when torchrun starts it:
 
     torchrun --nproc-per-node 8 train.py --stage clinical ...
 
-What then happens, in the order of `training/run.py`:
+With --dry-run it says what it would do and what that would take, and stops. What otherwise
+happens, in the order of `training/run.py`:
 
     config   flags, --config file and stage defaults become one checked RunConfig
     data     notes are tokenised into a cache, split by patient and cut into segments   (data/)
@@ -34,6 +35,7 @@ from collections.abc import Sequence
 from evaluation.metrics import headline_metrics
 from model.ending import exit_code
 from training.command_line import read_command
+from training.dry_run import dry_run
 from training.run import run
 
 
@@ -42,6 +44,9 @@ def main(arguments: Sequence[str]) -> int:
 
     def work() -> None:
         command = read_command(arguments)
+        if command.dry_run:
+            dry_run(command.config, resume=command.resume, overwrite=command.overwrite)
+            return
         run(
             command.config,
             score=headline_metrics,

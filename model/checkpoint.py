@@ -322,11 +322,16 @@ def _check_equal(places: Mapping[str, Path], a: str, b: str) -> None:
 def _read(
     places: Mapping[str, Path], dtype: torch.dtype, device: torch.device | str
 ) -> dict[str, Tensor]:
+    is_meta = torch.device(device).type == "meta"  # shapes are in the headers
     tensors: dict[str, Tensor] = {}
     for path, names in _by_file(places).items():
         with open_safetensors(path) as file:
             for name in names:
-                tensors[name] = file.get_tensor(name).to(device, dtype)
+                tensors[name] = (
+                    torch.empty(file.get_slice(name).get_shape(), dtype=dtype, device=device)
+                    if is_meta
+                    else file.get_tensor(name).to(device, dtype)
+                )
     return tensors
 
 

@@ -22,7 +22,7 @@ from typing import Any, TypeVar, cast
 import yaml
 
 from model.files import read_json
-from training.config import RunConfig, Stage, from_dict
+from training.config import RunConfig, Stage, from_dict, to_dict
 from training.run_folder import RUN_FILE
 from training.stages import EMBEDDED, STAGES
 
@@ -67,6 +67,8 @@ class TrainFlags(RunConfig):
     """Continue the run in --out from its newest good checkpoint, with its own settings."""
     overwrite: bool = False
     """Delete the run in --out and start anew."""
+    dry_run: bool = False
+    """Print the settings, what would train, and estimates of memory and time, then stop."""
     config: str | None = None
     """A run.json or a YAML file with settings; typed flags win over it."""
     debug: bool = False
@@ -82,6 +84,7 @@ class Command(typing.NamedTuple):
     config: RunConfig
     resume: bool
     overwrite: bool
+    dry_run: bool
 
 
 def read_command(arguments: Sequence[str], prog: str = "train.py") -> Command:
@@ -109,7 +112,7 @@ def read_command(arguments: Sequence[str], prog: str = "train.py") -> Command:
     written = typed if _is_json(flags.config) else {**from_file, **typed}
     for flag in written:
         _check_used(flag, config)
-    return Command(config, resume=flags.resume, overwrite=flags.overwrite)
+    return Command(config, resume=flags.resume, overwrite=flags.overwrite, dry_run=flags.dry_run)
 
 
 # First pass: flags by name ------------------------------------------------------------------------
@@ -297,7 +300,7 @@ def _flatten(
             _flatten(value, f"{name}.", known, into)
             continue
         flag, values = _known_flag(name, known)
-        if flag in ("--config", "--resume", "--overwrite", "--debug"):
+        if flag in ("--config", "--resume", "--overwrite", "--dry-run", "--debug"):
             raise ValueError(f"{flag} belongs on the command line, not in a file")
         if flag in into:
             raise ValueError(f"{flag} is given twice; give it once")
@@ -423,8 +426,27 @@ def _describe(hint: Any) -> str:
     )
 
 
+def used_settings(config: RunConfig) -> dict[str, Any]:
+    """The settings that decide something in this run, by name, as a --config file takes them."""
+    settings: dict[str, Any] = {}
+    for name, value in to_dict(config).items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, dict):
+            value = {k: v for k, v in value.items() if not why_unused(f"{flag}.{k}", config)}
+        if value not in (None, {}) and not why_unused(flag, config):
+            settings[name] = value
+    return settings
+
+
 def _check_used(flag: str, config: RunConfig) -> None:
     """Refuse a flag that would change nothing in the run that was asked for."""
+    reason = why_unused(flag, config)
+    if reason is not None:
+        raise ValueError(f"{flag} would have no effect: it is {reason}; leave it out")
+
+
+def why_unused(flag: str, config: RunConfig) -> str | None:
+    """Why a flag changes nothing in this run; None where it may change something."""
     is_downstream = config.stage == "downstream"
     reason = None
     if flag.startswith("--lora.") and config.adapter != "lora":
@@ -437,5 +459,4 @@ def _check_used(flag: str, config: RunConfig) -> None:
         reason = "a setting of tables, but --task mor reads the columns of MIMIC-III"
     elif flag == "--test-share" and config.splits is not None:
         reason = "not used when --splits lists the patients of the test"
-    if reason is not None:
-        raise ValueError(f"{flag} would have no effect: it is {reason}; leave it out")
+    return reason

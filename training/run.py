@@ -43,7 +43,8 @@ from training.assemble import (
 )
 from training.checkpoint import sweep
 from training.config import RunConfig
-from training.loop import Loop
+from training.estimate import TimeLeft, flops
+from training.loop import Loop, steps_between_validations
 from training.objective import Classification, LanguageModelling, balanced_class_weights
 from training.parallel import Ranks, start, stop
 from training.progress import Progress
@@ -104,11 +105,11 @@ def _run(
         rank=ranks.rank,
         world_size=ranks.count,
     )
-    total_steps = _total_steps(config, loader)
+    total_steps = count_steps(config, loader)
 
     # Model. The base is frozen; what trains is adapters and head, or with --adapter full all of it.
     model = build_model(config, notes, ranks.device)
-    objective = _objective(config, model, notes, ranks.device)
+    objective = make_objective(config, model, notes, ranks.device)
     validate = _validation(config, objective, notes, ranks, score)
     loop = Loop(
         config,
@@ -123,13 +124,14 @@ def _run(
     # Steps. The folder is this run's alone; a resumed run goes on from its newest checkpoint.
     record = make_record(config, notes, model, ranks, total_steps) if ranks.is_first else {}
     with _owned_folder(out, record, ranks, resume=resume, overwrite=overwrite):
-        metrics_lines, complaints = loop.resume() if resume else (0, [])
+        metrics_bytes, complaints = loop.resume() if resume else (0, [])
         ranks.wait()  # nobody writes before everybody has read
         progress = Progress(
             out if ranks.is_first else None,
             total_steps=total_steps,
             first_step=loop.position.step,
-            metrics_lines=metrics_lines,
+            metrics_bytes=metrics_bytes,
+            time_left=_time_left(config, notes, model, train_set, loader, ranks, total_steps),
         )
         with contextlib.closing(progress):
             if ranks.is_first:
@@ -181,7 +183,8 @@ def _owned_folder(
         yield
 
 
-def _total_steps(config: RunConfig, loader: Loader) -> int:
+def count_steps(config: RunConfig, loader: Loader) -> int:
+    """Optimiser steps of the whole run."""
     if config.steps is not None:
         return config.steps
     assert config.epochs is not None
@@ -194,9 +197,41 @@ def _total_steps(config: RunConfig, loader: Loader) -> int:
     return total
 
 
-def _objective(
+def _time_left(
+    config: RunConfig,
+    notes: Notes,
+    model: Model,
+    train_set: Dataset,
+    loader: Loader,
+    ranks: Ranks,
+    total_steps: int,
+) -> TimeLeft:
+    """The clock of the progress lines, which knows what a validation costs beside a step."""
+    rows = validation_rows(config, notes)
+    if len(rows) == 0:
+        return TimeLeft(total_steps=total_steps)
+    validated, trained = make_dataset(config, notes, rows), np.arange(len(train_set))
+    step = (
+        flops(
+            model,
+            train_set.lengths(trained),
+            trains=True,
+            checkpointing=config.gradient_checkpointing,
+        )
+        / loader.steps_per_epoch()
+    )
+    validation = flops(model, validated.lengths(np.arange(len(validated))), trains=False)
+    return TimeLeft(
+        total_steps=total_steps,
+        validate_every=steps_between_validations(config, total_steps),
+        validation_in_steps=validation / step,
+    )
+
+
+def make_objective(
     config: RunConfig, model: Model, notes: Notes, device: torch.device
 ) -> LanguageModelling | Classification:
+    """What the run's stage optimises."""
     if isinstance(model, CausalLM):
         return LanguageModelling(
             model, device, gradient_checkpointing=config.gradient_checkpointing

@@ -117,7 +117,7 @@ def test_lora_linear_in_evaluation_does_not_drop() -> None:
 def test_linear_cross_entropy_is_torchs_over_any_number_of_chunks(
     rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels.reference, "_CHUNK_ELEMENTS", 7 * 11)
+    monkeypatch.setattr(kernels.reference, "CHUNK_ELEMENTS", 7 * 11)
     x, weight = make(rows, 6), make(11, 6, seed=1)
     targets = torch.arange(rows) % 11
     truth = F.cross_entropy(x @ weight.T, targets, reduction="sum")

@@ -1,0 +1,235 @@
+"""`train.py --dry-run`: what a run would do and need, said without doing it.
+
+Prints the resolved settings as YAML that --config takes, and all else in its comments, so the
+output is itself a config file. The notes are tokenised into their cache, as the run would do first;
+of the base only the headers are read. Invariant: the run's folder is neither made nor touched.
+"""
+
+import dataclasses
+import itertools
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from data.loader import Loader
+from data.packing import ClassificationNotes, PackedBatch
+from training.assemble import (
+    Dataset,
+    Model,
+    Notes,
+    base_dtype,
+    build_model,
+    cache_folder,
+    check_same_base,
+    count_parameters,
+    fingerprints,
+    load_notes,
+    make_dataset,
+    validation_rows,
+)
+from training.command_line import used_settings
+from training.config import RunConfig
+from training.estimate import Memory, Work, duration, flops, measured_rate, memory, program_bytes
+from training.loop import steps_between_validations
+from training.objective import compute_dtype
+from training.parallel import Ranks, start, stop
+from training.run import count_steps, make_objective
+from training.run_folder import check_out, private_files
+
+_STEPS_LOOKED_AT = 50  # for the mean step and the largest micro-batch
+_META = torch.device("meta")  # shapes without memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a dry run finds out."""
+
+    config: RunConfig
+    notes: Notes
+    train_set: Dataset
+    model: Model  # on the meta device
+    total_steps: int
+    steps_per_epoch: int
+    tokens_per_epoch: int
+    memory: Memory
+    work: Work
+    rate: float  # operations a second, measured
+
+    @property
+    def seconds(self) -> float:
+        return self.work.seconds(self.rate)
+
+
+def dry_run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Print the plan of a run. Raises ValueError for whatever the run would refuse at its start."""
+    ranks = start(config.device)
+    try:
+        with private_files():
+            check_out(Path(config.out), resume=resume, overwrite=overwrite)
+            plan = make_plan(config, ranks)
+        if ranks.is_first:
+            print(describe(plan, ranks), flush=True)
+    finally:
+        stop(ranks)
+
+
+def make_plan(config: RunConfig, ranks: Ranks) -> Plan:
+    """Everything that a run decides before its first step, and what its steps will need."""
+    program = program_bytes() if ranks.device.type == "cpu" else 0
+    config = dataclasses.replace(config, base_dtype=base_dtype(config, ranks.device))
+    if not ranks.is_first:
+        ranks.wait()
+    notes = load_notes(config)
+    if ranks.is_first:
+        ranks.wait()
+    train_set = make_dataset(config, notes, notes.splits.train)
+    loader = Loader(
+        train_set,
+        batch_tokens=config.batch_tokens,
+        batch_size=config.batch_size,
+        micro_tokens=config.micro_tokens,
+        seed=config.seed,
+        rank=ranks.rank,
+        world_size=ranks.count,
+    )
+    total_steps, steps_per_epoch = count_steps(config, loader), loader.steps_per_epoch()
+    model = build_model(config, notes, _META)
+    check_same_base(config, fingerprints(config, notes)["base"])
+    make_objective(config, model, notes, _META)  # refuses a class without notes
+
+    looked_at = min(total_steps, _STEPS_LOOKED_AT)
+    steps = [step for step in (loader.next_step() for _ in range(looked_at)) if step]
+    if not steps:
+        raise ValueError(
+            "a step has fewer segments than there are ranks; raise --batch-tokens or --batch-size, "
+            "or start fewer ranks"
+        )
+    largest = max(itertools.chain(*steps), key=lambda batch: len(batch.input_ids))
+    checkpointing = config.gradient_checkpointing
+    need = memory(
+        model,
+        largest,
+        compute_dtype=compute_dtype(model, ranks.device),
+        on_gpu=ranks.device.type == "cuda",
+        checkpointing=checkpointing,
+        micro_batches=max(len(step) for step in steps),
+        program=program,
+    )
+    step_flops = np.mean(
+        [
+            sum(
+                flops(model, _lengths(batch), trains=True, checkpointing=checkpointing)
+                for batch in step
+            )
+            for step in steps
+        ]
+    )
+    rows = validation_rows(config, notes)
+    validated = make_dataset(config, notes, rows) if len(rows) else None
+    every = steps_between_validations(config, total_steps)
+    work = Work(
+        steps=total_steps,
+        step=float(step_flops),
+        validations=-(-total_steps // every) if validated is not None else 0,
+        validation=0.0
+        if validated is None
+        else flops(model, validated.lengths(np.arange(len(validated))), trains=False) / ranks.count,
+    )
+    rate = measured_rate(
+        model,
+        lambda probe: make_objective(config, probe, notes, ranks.device),
+        largest,
+        ranks.device,
+        checkpointing=checkpointing,
+    )
+    return Plan(
+        config=config,
+        notes=notes,
+        train_set=train_set,
+        model=model,
+        total_steps=total_steps,
+        steps_per_epoch=steps_per_epoch,
+        tokens_per_epoch=int(train_set.lengths(np.arange(len(train_set))).sum()),
+        memory=need,
+        work=work,
+        rate=rate,
+    )
+
+
+def describe(plan: Plan, ranks: Ranks) -> str:
+    """The plan as YAML whose comments say what no setting says."""
+    config, counts = plan.config, plan.notes.counts()
+    trainable, total = count_parameters(plan.model)
+    quantiles = "  ".join(f"{name} {value:,}" for name, value in counts["note_length"].items())
+    cut = (
+        f"{plan.train_set.truncated:,} truncated ({config.truncate} kept)"
+        if isinstance(plan.train_set, ClassificationNotes)
+        else f"{plan.train_set.notes_cut:,} cut into pieces, none truncated"
+    )
+    need, work, device = plan.memory, plan.work, ranks.device
+    each = " on each rank" if ranks.count > 1 else ""
+    lines = [
+        f"dry run: nothing is trained, and {config.out} is not touched",
+        f"the notes' token cache is in {cache_folder(config)}, where the run will find it",
+        "",
+        f"trains: {trainable:,} of {total:,} parameters ({trainable / total:.2%})",
+        *(f"        {line}" for line in _trained_parts(plan.model)),
+        f"notes:  {counts['train_notes']:,} train, {counts['validation_notes']:,} validate, "
+        f"{counts['test_notes']:,} test ({plan.notes.splits.rule})",
+        f"        {counts['validation_notes_left_out'] + counts['test_notes_left_out']:,} held-out "
+        "ones are left out, whose text is also in training",
+        f"length: of a note in tokens: {quantiles}",
+        f"        --max-length {config.max_length}: {cut}",
+        f"epoch:  {plan.tokens_per_epoch:,} tokens in {len(plan.train_set):,} segments, "
+        f"{plan.steps_per_epoch:,} steps",
+        f"run:    {plan.total_steps:,} steps, "
+        f"{plan.total_steps / plan.steps_per_epoch:.2f} epochs; {work.validations} validations",
+        f"memory: {_bytes(need.total)} at the peak{each}; {_available(device)}",
+        f"        program {_bytes(need.program)}, weights {_bytes(need.weights)}, optimiser "
+        f"{_bytes(need.optimiser)}, activations {_bytes(need.activations)}, working "
+        f"{_bytes(need.working)}",
+        f"time:   about {duration(plan.seconds)}, of which validations "
+        f"{duration(work.validations * work.validation / plan.rate)}",
+        f"        from {plan.rate / 1e9:,.0f} GFLOP/s, measured just now on one block: expect it "
+        "within a third, and less",
+        "        exact where other programs share the machine; the run corrects it as it goes",
+    ]
+    comments = "\n".join(f"# {line}".rstrip() for line in lines)
+    settings = yaml.safe_dump(used_settings(config), sort_keys=False, allow_unicode=True)
+    return f"{comments}\n\n{settings}".rstrip()
+
+
+def _trained_parts(model: Model) -> list[str]:
+    """What trains: adapters by name, the head, the base."""
+    found: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if ".adapters." in name:
+            part = f'adapter "{name.partition(".adapters.")[2].partition(".")[0]}"'
+        elif name == "score.weight":
+            part = "the classifier's head"
+        else:
+            part = "the base"
+        found[part] = found.get(part, 0) + parameter.numel()
+    return [f"{part}: {count:,}" for part, count in found.items()]
+
+
+def _lengths(batch: PackedBatch) -> np.ndarray:
+    return np.diff(batch.offsets)
+
+
+def _available(device: torch.device) -> str:
+    """What the device has, in words."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return f"the GPU has {_bytes(free)} free of {_bytes(total)}"
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return f"this machine has {_bytes(total)}"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -1,0 +1,408 @@
+"""What a run will need, before it begins: bytes at its peak and seconds, each with its parts.
+
+Memory is counted from the tensors that the operations of `kernels.reference` and `model.attention`
+keep for the backward pass. Seconds are floating-point operations over a rate that `measured_rate`
+takes on the run's own device, from one block of the run's own shape. Letters: M tokens, D width,
+N query heads, G key-value heads, H head width, F feed-forward width, V vocabulary, R rank.
+
+Invariant: the count follows the code. An operation that keeps another tensor changes
+`_block_saved`, and a test compares it with what autograd really holds.
+"""
+
+import copy
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from data.packing import PackedBatch
+from kernels.reference import CHUNK_ELEMENTS
+from lora.adapter import LoraAdapter
+from model.batch import Segments
+from model.decoder import Block
+from model.heads import CausalLM, SequenceClassifier
+from model.linear import Linear
+from training.objective import Objective
+
+Model = CausalLM | SequenceClassifier
+
+_PROBE_SECONDS = 0.5  # a timing shorter than this is made longer, if there are tokens for it
+_PROBE_REPEATS = 3
+_WIDE = 4  # bytes of the float32 in which norms and losses are computed
+
+
+class Memory(NamedTuple):
+    """Bytes at the moment of a training step that needs most, by what they are for."""
+
+    program: int  # this process before it holds a model; 0 for a GPU
+    weights: int  # base, adapters and head
+    optimiser: int  # AdamW's two moments of everything that trains
+    activations: int  # kept by the forward pass of one micro-batch for its backward pass
+    working: int  # gradients, and what operations need in passing
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+class Work(NamedTuple):
+    """What a run has to compute, in floating-point operations."""
+
+    steps: int
+    step: float  # operations of one optimiser step, on this rank
+    validations: int
+    validation: float
+
+    def seconds(self, rate: float) -> float:
+        return (self.steps * self.step + self.validations * self.validation) / rate
+
+
+# Memory -------------------------------------------------------------------------------------------
+
+
+def program_bytes() -> int:
+    """What this process holds in memory now; 0 where the system does not tell."""
+    statm = Path("/proc/self/statm")
+    if not statm.is_file():
+        return 0
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory(
+    model: Model,
+    batch: PackedBatch,
+    *,
+    compute_dtype: torch.dtype,
+    on_gpu: bool,
+    checkpointing: bool,
+    micro_batches: int,
+    program: int,
+) -> Memory:
+    """Bytes at the peak of a step whose largest micro-batch is `batch`.
+
+    Args:
+        model: on any device, also meta; its `requires_grad` says what trains.
+        on_gpu: attention there works on the stream as it is, without padding.
+        micro_batches: in the step; from the second on, the gradients of the first are there.
+        program: as from `program_bytes`.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = sum(p.nbytes for p in trained)
+    activations = saved_bytes(
+        model, batch, compute_dtype=compute_dtype, on_gpu=on_gpu, checkpointing=checkpointing
+    )
+    width = compute_dtype.itemsize
+    tokens = len(batch.input_ids)
+    blocks = _trained_blocks(model)
+    config = model.config
+
+    # In passing, when a block goes backward: the gradients of the stream and of the MLP's inner
+    # rows (of h, of gate, of up, and one product of theirs), while h itself has just gone.
+    passing = tokens * (2 * config.hidden_size + 3 * config.intermediate_size) * width
+    if blocks and checkpointing:
+        passing += _block_saved(blocks[-1], batch, width, on_gpu, has_gradient=True)
+    passing += _largest_cast(model.model, compute_dtype)
+    if any(isinstance(m, Linear) and m.weight.requires_grad for m in model.modules()):
+        passing += max(p.nbytes for p in trained)  # a gradient before it is added
+
+    at_head = _head_bytes(model, batch, compute_dtype)
+    before = gradients if micro_batches > 1 else 0
+    # Weights' gradients grow while activations go: the peak is at one end of the backward pass.
+    peak = max(activations + before + max(passing, at_head), gradients + passing)
+    return Memory(
+        program=program,
+        weights=sum(p.nbytes for p in model.parameters()),
+        optimiser=2 * gradients,
+        activations=activations,
+        working=peak - activations,
+    )
+
+
+def saved_bytes(
+    model: Model,
+    batch: PackedBatch,
+    *,
+    compute_dtype: torch.dtype,
+    on_gpu: bool,
+    checkpointing: bool,
+) -> int:
+    """Bytes that the forward pass of a micro-batch keeps for its backward pass, without weights."""
+    width, tokens, config = compute_dtype.itemsize, len(batch.input_ids), model.config
+    stream = tokens * config.hidden_size * width
+    saved, has_gradient = 0, model.model.embed_tokens.weight.requires_grad
+    for block in model.model.layers:
+        if checkpointing:
+            # The input of every block, with a gradient or without.
+            saved += stream
+            has_gradient = has_gradient or _trains(block)
+        else:
+            saved += _block_saved(block, batch, width, on_gpu, has_gradient=has_gradient)
+            has_gradient = has_gradient or _trains(block)
+    if has_gradient:
+        saved += tokens * config.head_dim * width  # the angles' cosines and sines
+        saved += stream + tokens * _WIDE  # the last norm
+    if isinstance(model, CausalLM):
+        scored = _scored(batch)
+        saved += scored * config.hidden_size * width * has_gradient
+        if model.head_weight.requires_grad:
+            saved += model.head_weight.nbytes
+    else:
+        saved += len(batch.rows) * config.hidden_size * max(width, _WIDE)
+    return saved
+
+
+def _block_saved(
+    block: nn.Module, batch: PackedBatch, width: int, on_gpu: bool, *, has_gradient: bool
+) -> int:
+    """Bytes that one block keeps; nothing while neither its input nor it has a gradient."""
+    assert isinstance(block, Block)
+    tokens, attention, mlp = len(batch.input_ids), block.self_attn, block.mlp
+    queries, keys = attention.q_proj.out_features, attention.k_proj.out_features
+    dim, inner = attention.q_proj.in_features, mlp.gate_proj.out_features
+    heads = queries // attention.head_dim
+    saved = 0
+
+    def keep_norm(norm: nn.Module) -> None:
+        nonlocal saved, has_gradient
+        has_gradient = has_gradient or _trains(norm)
+        if has_gradient:
+            saved += tokens * (dim * width + _WIDE)  # x and 1 / rms
+
+    def keep_linear(*layers: Linear) -> None:
+        nonlocal saved, has_gradient
+        has_gradient = has_gradient or any(_trains(layer) for layer in layers)
+        if has_gradient:
+            saved += tokens * layers[0].in_features * width  # x
+            for adapter in itertools.chain(*(layer.adapters.values() for layer in layers)):
+                assert isinstance(adapter, LoraAdapter)
+                saved += tokens * adapter.lora_A.shape[0] * width  # S
+                saved += tokens * layers[0].in_features * (adapter.dropout > 0)  # its mask
+
+    keep_norm(block.input_layernorm)
+    keep_linear(attention.q_proj, attention.k_proj, attention.v_proj)
+    if has_gradient:
+        whole, padded, groups = (tokens, 0, 1) if on_gpu else _padding(batch)
+        saved += (whole + padded) * (queries + 2 * keys) * width  # q, k, v
+        rows = tokens if groups == 1 and not padded else _attended(batch)
+        saved += rows * heads * _WIDE  # log-sum-exp
+        if groups > 1 or padded:
+            saved += rows * queries * width  # the output, before it is put in order
+    keep_linear(attention.o_proj)
+    keep_norm(block.post_attention_layernorm)
+    keep_linear(mlp.gate_proj, mlp.up_proj)
+    if has_gradient:
+        saved += 2 * tokens * inner * width  # gate and up
+    keep_linear(mlp.down_proj)
+    return saved
+
+
+def _head_bytes(model: Model, batch: PackedBatch, compute_dtype: torch.dtype) -> int:
+    """What the head and its loss need in passing."""
+    width, tokens, dim = compute_dtype.itemsize, len(batch.input_ids), model.config.hidden_size
+    if not isinstance(model, CausalLM):
+        return 2 * tokens * dim * width
+    head, vocabulary, scored = model.head_weight, model.config.vocab_size, _scored(batch)
+    rows = min(max(1, CHUNK_ELEMENTS // vocabulary), scored)
+    chunk = rows * vocabulary * (width if width >= _WIDE else 2 * width + _WIDE)
+    cast = 0 if head.dtype == compute_dtype else head.numel() * width
+    gradient = head.numel() * max(width, _WIDE) if head.requires_grad else 0
+    return (tokens + scored) * dim * width + chunk + cast + gradient
+
+
+def _largest_cast(decoder: nn.Module, compute_dtype: torch.dtype) -> int:
+    """The largest weight in the compute dtype, where it is held in another one."""
+    cast = [
+        module.weight.numel()
+        for module in decoder.modules()
+        if isinstance(module, Linear) and module.weight.dtype != compute_dtype
+    ]
+    return max(cast, default=0) * compute_dtype.itemsize
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def _trained_blocks(model: Model) -> list[nn.Module]:
+    """The blocks that a gradient passes through."""
+    if _trains(model.model.embed_tokens):
+        return list(model.model.layers)
+    return list(itertools.dropwhile(lambda block: not _trains(block), model.model.layers))
+
+
+def _scored(batch: PackedBatch) -> int:
+    """Rows that the language-model head sees."""
+    return len(batch.input_ids) - (len(batch.offsets) - 1)
+
+
+def _padding(batch: PackedBatch) -> tuple[int, int, int]:
+    """Attention's groups on a CPU: tokens kept as the stream, tokens gathered with padding, groups.
+
+    Groups that need no padding are views of the stream, so one of them keeps all of it.
+    """
+    groups = Segments.from_offsets(batch.offsets.tolist()).groups
+    has_view = any(group.index is None for group in groups)
+    padded = sum(group.count * group.length for group in groups if group.index is not None)
+    return len(batch.input_ids) * has_view, padded, len(groups)
+
+
+def _attended(batch: PackedBatch) -> int:
+    """Rows of all groups, padding included."""
+    groups = Segments.from_offsets(batch.offsets.tolist()).groups
+    return sum(group.count * group.length for group in groups)
+
+
+# Time ---------------------------------------------------------------------------------------------
+
+
+def flops(model: Model, lengths: np.ndarray, *, trains: bool, checkpointing: bool = False) -> float:
+    """Floating-point operations of segments of these lengths: 4 P + 7 s D per layer and so on.
+
+    A product with a weight costs two a weight and token forward, two for its input's gradient, and
+    two for its own if it trains. Causal attention over s tokens costs 2 s N H a token forward and
+    5 s N H backward. Recomputing a block adds its forward pass.
+
+    Args:
+        lengths: [n] tokens of each segment.
+        trains: forward and backward; else forward alone.
+    """
+    tokens, squares = float(lengths.sum()), float(np.square(lengths, dtype=np.float64).sum())
+    total = 0.0
+    has_gradient = model.model.embed_tokens.weight.requires_grad
+    for block in model.model.layers:
+        has_gradient = has_gradient or _trains(block)
+        queries = block.self_attn.q_proj.out_features
+        frozen = 0.0
+        for layer in (module for module in block.modules() if isinstance(module, Linear)):
+            frozen += layer.weight.numel()
+            if trains and layer.weight.requires_grad:
+                total += 2 * tokens * layer.weight.numel()
+            for parameter in layer.adapters.parameters():
+                products = 2 + parameter.requires_grad if trains else 1
+                total += 2 * tokens * parameter.numel() * products
+        forward = 2 * tokens * frozen + 2 * squares * queries
+        backward = 2 * tokens * frozen + 5 * squares * queries
+        total += forward
+        if trains and has_gradient:
+            total += backward + (forward if checkpointing else 0.0)
+    if isinstance(model, CausalLM):
+        products = 1 + trains + (trains and model.head_weight.requires_grad)
+        total += 2 * (tokens - len(lengths)) * model.head_weight.numel() * products
+    return total
+
+
+def measured_rate(
+    model: Model,
+    make_objective: Callable[[Model], Objective],
+    batch: PackedBatch,
+    device: torch.device,
+    *,
+    checkpointing: bool,
+) -> float:
+    """Operations a second of one block and the head on the device, over tokens of a micro-batch.
+
+    Args:
+        model: the run's, on the meta device; its first block is built with random weights.
+        make_objective: gives a model on the device its objective.
+    """
+    probe = copy.deepcopy(model)
+    probe.model.layers = probe.model.layers[:1]
+    probe = probe.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for parameter in probe.parameters():
+            parameter.normal_(std=0.02, generator=generator)
+    objective = make_objective(probe)
+    segments, best = 1, math.inf
+    while True:
+        part = _first_segments(batch, segments)
+        best = min(_seconds(objective, part, device) for _ in range(_PROBE_REPEATS))
+        if best * _PROBE_REPEATS >= _PROBE_SECONDS or segments >= len(batch.offsets) - 1:
+            break
+        segments *= 2
+    operations = flops(probe, np.diff(part.offsets), trains=True, checkpointing=checkpointing)
+    return operations / best
+
+
+def _seconds(objective: Objective, batch: PackedBatch, device: torch.device) -> float:
+    """One forward and backward pass."""
+    began = time.perf_counter()
+    objective.loss(batch, dropout_seed=0).loss_sum.backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def _first_segments(batch: PackedBatch, count: int) -> PackedBatch:
+    offsets = batch.offsets[: count + 1]
+    end = int(offsets[-1])
+    return PackedBatch(
+        batch.input_ids[:end],
+        None if batch.labels is None else batch.labels[:end],
+        offsets,
+        batch.sample_ids[:count],
+        None if batch.targets is None else batch.targets[:count],
+        batch.rows[:count],
+    )
+
+
+class TimeLeft:
+    """Seconds that a run still takes, from what its steps and validations have taken so far."""
+
+    def __init__(
+        self,
+        *,
+        total_steps: int,
+        validate_every: int | None = None,
+        validation_in_steps: float = 0.0,
+    ) -> None:
+        """Begin with the first step.
+
+        validate_every: steps between two validations; None where there are none.
+        validation_in_steps: how many steps' time one takes, used until one has been measured.
+        """
+        self._total_steps, self._validate_every = total_steps, validate_every
+        self._validation_in_steps = validation_in_steps
+        self._first: float | None = None  # seconds of the first step
+        self._others, self._count = 0.0, 0  # seconds and number of the other steps
+        self._between = 0.0  # seconds between them: checkpoints, and the reading of notes
+        self._validation: float | None = None  # seconds of the last one
+
+    def step(self, seconds: float, *, between: float) -> None:
+        """A step took `seconds`, and since the last step or validation had ended, `between`."""
+        self._between += between
+        if self._first is None:
+            self._first = seconds
+        else:
+            self._others += seconds
+            self._count += 1
+
+    def validation(self, seconds: float) -> None:
+        """A validation took `seconds`."""
+        self._validation = seconds
+
+    def seconds(self, step: int) -> float:
+        """What remains after `step`, which has just been taken."""
+        if self._first is None:
+            return 0.0
+        # The first step is left out as soon as there is another, for it also warms up.
+        mean = self._others / self._count if self._count else self._first
+        left = (self._total_steps - step) * (mean + self._between / (self._count + 1))
+        if self._validate_every:
+            due = math.ceil(self._total_steps / self._validate_every) - step // self._validate_every
+            measured = self._validation
+            left += due * (mean * self._validation_in_steps if measured is None else measured)
+        return left
+
+
+def duration(seconds: float) -> str:
+    """Seconds as hours, minutes and seconds: 1:02:03."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
