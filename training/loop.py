@@ -19,6 +19,7 @@ from data.loader import Loader
 from model.ending import RunFailed, Stopped
 from model.files import write_json
 from training.checkpoint import (
+    check_checkpoint,
     load_weights,
     newest_good,
     prune,
@@ -79,17 +80,27 @@ class Loop:
     def resume(self) -> tuple[int, list[str]]:
         """Go to the newest good checkpoint, or stay at the start if there is none.
 
-        Returns the size that metrics.jsonl had then, and what was wrong with newer checkpoints.
+        Returns the lines that metrics.jsonl had then, and what was wrong with newer checkpoints.
+        Raises ValueError if the best validation's weights, which the run is to keep, are damaged.
         """
         checkpoint, complaints = newest_good(self._checkpoints)
         if checkpoint is None:
             return 0, complaints
+        best = checkpoint.state["position"]["best"]
+        if self._config.keep == "best" and best is not None and best["step"] != checkpoint.step:
+            try:
+                check_checkpoint(step_folder(self._checkpoints, best["step"]))
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}; it belongs to the weights of the best validation: put it back, or "
+                    "resume with --keep last"
+                ) from error
         self._load_parameters(checkpoint.weights)
         load_optimiser_state(self._optimiser, self._parameters, checkpoint.optimiser)
         restore_random_state(checkpoint.random)
         self._loader.load_state(checkpoint.state["loader"])
         self.position = Position(**checkpoint.state["position"])
-        return checkpoint.state["metrics_bytes"], complaints
+        return checkpoint.state["metrics_lines"], complaints
 
     def run(self, progress: Progress, is_asked_to_stop: Callable[[], bool]) -> None:
         """Take all remaining steps. Raises Stopped, or RunFailed for a loss that is not finite."""
@@ -153,6 +164,8 @@ class Loop:
                     f"stopped by SIGTERM after step {position.step}, which is saved; continue with "
                     f"--resume --out {config.out}"
                 )
+        if self._ranks.is_first:
+            self._prune()  # what a kill between the last save and its pruning has left
 
     def load_kept(self) -> int:
         """Put the weights that the run keeps into the model; returns the step they are of."""
@@ -182,12 +195,15 @@ class Loop:
             state={
                 "position": dataclasses.asdict(self.position),
                 "loader": self._loader.state(),
-                "metrics_bytes": progress.sync(),
+                "metrics_lines": progress.sync(),
             },
         )
         if self.position.best is not None:
             write_json(self._checkpoints / _BEST_FILE, self.position.best)
-        prune(self._checkpoints, self._config.keep_checkpoints)
+        self._prune()
+
+    def _prune(self) -> None:
+        prune(self._checkpoints, self.position.step, self._config.keep_checkpoints)
 
     def _load_parameters(self, tensors: Mapping[str, Tensor]) -> None:
         expected = {name: p.shape for name, p in self._parameters.items()}

@@ -1,10 +1,13 @@
 """What a run says while it works: a bar on a terminal, plain lines elsewhere, and metric files.
 
 `metrics.jsonl` has one JSON object per optimiser step and one per validation. It is written line by
-line, and its size is part of every checkpoint, so a resumed run cuts off what the interrupted one
-wrote after its last checkpoint. Invariant: nothing here has ever seen a note, only numbers.
+line, and the count of lines is part of every checkpoint, so a resumed run cuts off what the
+interrupted one wrote after its last checkpoint. Invariant: nothing here has ever seen a note, only
+numbers.
 """
 
+import io
+import itertools
 import json
 import os
 import sys
@@ -32,7 +35,7 @@ class Progress:
         *,
         total_steps: int,
         first_step: int,
-        metrics_bytes: int,
+        metrics_lines: int,
         time_left: TimeLeft | None = None,
     ) -> None:
         self._silent = folder is None
@@ -43,11 +46,12 @@ class Progress:
         self._recent: deque[tuple[float, int]] = deque(maxlen=_STEPS_FOR_SPEED)  # seconds, tokens
         self._last_line = 0.0
         self._metrics: TextIO | None = None
+        self._lines = metrics_lines
         self._board: Any = None
         self._bar: Any = None
         if folder is None:
             return
-        self._metrics = _open_at(folder / "metrics.jsonl", metrics_bytes)
+        self._metrics = _open_at(folder / "metrics.jsonl", metrics_lines)
         summary_writer = _tensorboard()
         if summary_writer is not None:
             self._board = summary_writer.SummaryWriter(
@@ -102,12 +106,11 @@ class Progress:
             print(line, file=sys.stderr, flush=True)
 
     def sync(self) -> int:
-        """Force the metrics to the disk; returns their size in bytes, which a checkpoint keeps."""
-        if self._metrics is None:
-            return 0
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
-        return self._metrics.tell()
+        """Force the metrics to the disk; returns the count of lines, which a checkpoint keeps."""
+        if self._metrics is not None:
+            self._metrics.flush()
+            os.fsync(self._metrics.fileno())
+        return self._lines
 
     def close(self) -> None:
         for each in (self._bar, self._board, self._metrics):
@@ -118,21 +121,22 @@ class Progress:
         assert self._metrics is not None
         self._metrics.write(json.dumps(dict(record)) + "\n")
         self._metrics.flush()
+        self._lines += 1
         if self._board is not None:
             for name, value in record.items():
                 if name != "step":
                     self._board.add_scalar(name, value, int(record["step"]))
 
 
-def _open_at(path: Path, size: int) -> TextIO:
-    """Open for appending after the first `size` bytes; what stood behind them is cut off."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
-    if os.fstat(descriptor).st_size < size:
-        os.close(descriptor)
+def _open_at(path: Path, lines: int) -> TextIO:
+    """Open for appending after the first `lines` lines; what stood behind them is cut off."""
+    # Lines, not bytes: the digits of a speed differ from run to run, a checkpoint's bytes may not.
+    file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b")  # noqa: SIM115
+    if sum(line.endswith(b"\n") for line in itertools.islice(file, lines)) < lines:
+        file.close()
         raise ValueError(f"{path} is shorter than when the checkpoint was written; it was changed")
-    os.truncate(descriptor, size)
-    os.lseek(descriptor, size, os.SEEK_SET)
-    return os.fdopen(descriptor, "w", encoding="ascii")
+    file.truncate(file.tell())
+    return io.TextIOWrapper(file, encoding="ascii")
 
 
 def _tensorboard() -> ModuleType | None:

@@ -124,13 +124,13 @@ def _run(
     # Steps. The folder is this run's alone; a resumed run goes on from its newest checkpoint.
     record = make_record(config, notes, model, ranks, total_steps) if ranks.is_first else {}
     with _owned_folder(out, record, ranks, resume=resume, overwrite=overwrite):
-        metrics_bytes, complaints = loop.resume() if resume else (0, [])
+        metrics_lines, complaints = loop.resume() if resume else (0, [])
         ranks.wait()  # nobody writes before everybody has read
         progress = Progress(
             out if ranks.is_first else None,
             total_steps=total_steps,
             first_step=loop.position.step,
-            metrics_bytes=metrics_bytes,
+            metrics_lines=metrics_lines,
             time_left=_time_left(config, notes, model, train_set, loader, ranks, total_steps),
         )
         with contextlib.closing(progress):
