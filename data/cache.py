@@ -5,7 +5,8 @@ format's version, so whatever changes the tokens changes the folder. It holds to
 and EOS, MD5 digests of texts and patients (the split is a function of them) and label codes, but no
 text. Token ids are as good as text: the folder is for its owner's eyes only (mode 0700).
 
-Invariant: a folder under its final name is whole. It is built aside, synced, then renamed.
+Invariant: a folder under its final name is whole. It is built aside, synced, then renamed, and when
+it is opened every byte is compared with the SHA-256 that was written.
 """
 
 import contextlib
@@ -29,7 +30,8 @@ from data.notes import Note, NoteSource
 from data.tokenizer import Tokenizer, token_dtype
 from data.worker import EncodedTexts, Worker, encode_texts
 
-FORMAT = 1
+FORMAT = 2
+DIGEST_BLOCK = 1 << 22  # bytes that one thread hashes at once
 BLOCK_CHARACTERS = 1 << 19
 BLOCK_NOTES = 1 << 12
 BLOCKS_BEFORE_WORKERS = 4  # a smaller source is done before the processes would have started
@@ -54,6 +56,7 @@ class TokenCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         meta = _read_meta(folder)
+        _check_files(folder, meta)
         self.description: str = meta["description"]
         self.label_names: tuple[str, ...] = tuple(meta["label_names"])
         notes = meta["notes"]
@@ -156,7 +159,7 @@ def _build(
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)  # says to others' _sweep that this build is alive
         with contextlib.ExitStack() as stack:
-            writer = _Writer(aside, source.description, tokenizer, stack)
+            writer = _Writer(aside, folder.name, source.description, tokenizer, stack)
             for notes, encoded in _encoded_blocks(_blocks(source), tokenizer, workers, stack):
                 writer.write(notes, encoded)
                 if progress is not None:
@@ -246,9 +249,15 @@ class _Writer:
     """Appends blocks to the files of a cache; keeps nothing of a note in memory."""
 
     def __init__(
-        self, folder: Path, description: str, tokenizer: Tokenizer, stack: contextlib.ExitStack
+        self,
+        folder: Path,
+        key: str,
+        description: str,
+        tokenizer: Tokenizer,
+        stack: contextlib.ExitStack,
     ) -> None:
         self.notes = 0
+        self._key = key
         self._description = description
         self._folder = folder
         self._dtype = token_dtype(tokenizer.vocab_size)
@@ -285,6 +294,7 @@ class _Writer:
             codes.flush()
         meta = {
             "format": FORMAT,
+            "key": self._key,
             "description": self._description,
             "notes": self.notes,
             "tokens": self._tokens,
@@ -294,8 +304,9 @@ class _Writer:
         }
         for file in self._files.values():
             os.fsync(file.fileno())
+        meta["sha256"] = {name: _file_digest(self._folder / name) for name in self._files}
         with open(self._folder / "meta.json", "xb", opener=_private) as meta_file:
-            meta_file.write(json.dumps(meta, indent=1).encode())
+            meta_file.write(_sealed(meta))
             meta_file.flush()
             os.fsync(meta_file.fileno())
 
@@ -350,15 +361,45 @@ def _private(path: str, flags: int) -> int:
 def _read_meta(folder: Path) -> dict[str, Any]:
     path = folder / "meta.json"
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        if meta["format"] == FORMAT:
+        content = path.read_bytes()
+        meta = json.loads(content.partition(b"\n")[0])
+        if content == _sealed(meta) and (meta["format"], meta["key"]) == (FORMAT, folder.name):
             return meta
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     raise ValueError(
         f"{path}: missing, damaged or of another version; delete the folder {folder}, and it is "
         f"made again"
     )
+
+
+def _sealed(meta: dict[str, Any]) -> bytes:
+    """The meta as a line of JSON, and a second line with the SHA-256 of the first."""
+    line = json.dumps(meta).encode()
+    return b"%s\n%s\n" % (line, hashlib.sha256(line).hexdigest().encode())
+
+
+def _check_files(folder: Path, meta: dict[str, Any]) -> None:
+    for name, written in meta["sha256"].items():
+        path = folder / name
+        if not path.is_file() or _file_digest(path) != written:
+            raise ValueError(
+                f"{path}: missing or damaged; delete the folder {folder}, and it is made again"
+            )
+
+
+def _file_digest(path: Path) -> str:
+    """SHA-256 over the SHA-256 of each block of a file, which all cores work on together."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        offsets = range(0, os.fstat(descriptor).st_size, DIGEST_BLOCK)
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            digests = pool.map(
+                lambda at: hashlib.sha256(os.pread(descriptor, DIGEST_BLOCK, at)).digest(), offsets
+            )
+            return hashlib.sha256(b"".join(digests)).hexdigest()
+    finally:
+        os.close(descriptor)
 
 
 def _sync_folder(folder: Path) -> None:

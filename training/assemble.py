@@ -33,14 +33,13 @@ from model.checkpoint import (
 )
 from model.config import DecoderConfig, read_config
 from model.decoder import init_weights
-from model.files import folder_digest, open_safetensors
+from model.files import check_files, folder_digest, open_safetensors
 from model.heads import CausalLM, SequenceClassifier
 from training.config import BaseDtype, RunConfig, from_dict
-from training.run_folder import RUN_FILE, read_record
+from training.run_folder import HEAD_FILE, RUN_FILE, read_record
 from training.stages import SYNTHETIC_COHORT
 
 CLINICAL, DOWNSTREAM = "clinical", "downstream"  # the adapters' names
-HEAD_FILE = "head.safetensors"
 _VALIDATION_ORDER = 0  # seed of the choice of validation notes: the same in every run
 
 Model = CausalLM | SequenceClassifier
@@ -231,12 +230,9 @@ def build_model(config: RunConfig, notes: Notes, device: torch.device) -> Model:
             f"base has embeddings for {model.config.vocab_size}; they do not belong together"
         )
     if config.init_adapter is not None:
-        load_adapter(
-            model,
-            init_adapter_folder(Path(config.init_adapter)),
-            CLINICAL,
-            trainable=not config.freeze_init_adapter,
-        )
+        adapter = init_adapter_folder(Path(config.init_adapter))
+        _check_run_adapter(adapter)
+        load_adapter(model, adapter, CLINICAL, trainable=not config.freeze_init_adapter)
     if config.adapter == "lora":
         name = DOWNSTREAM if config.stage == "downstream" else CLINICAL
         attach(model, name, lora_config(config), seed=config.seed)
@@ -274,6 +270,19 @@ def init_adapter_folder(folder: Path) -> Path:
             )
         return adapter
     return find_adapter(folder)
+
+
+def _check_run_adapter(adapter: Path) -> None:
+    """Refuse an adapter in a run's folder whose files are not those that the run wrote."""
+    run = adapter.parent.parent
+    if adapter.parent.name != "adapter" or not (run / RUN_FILE).is_file():
+        return  # a PEFT folder that nobody has vouched for
+    record = read_record(run)
+    if not record["finished"]:
+        raise ValueError(f"the run in {run} has not ended; continue it with --resume")
+    of_adapter = f"adapter/{adapter.name}/"
+    files = {name: file for name, file in record["files"].items() if name.startswith(of_adapter)}
+    check_files(run, files)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -319,7 +328,8 @@ def check_same_base(config: RunConfig, found: str | None) -> None:
 def restore(folder: Path, device: torch.device) -> FinishedRun:
     """Put a finished run together: its base, every adapter it wrote, and its head.
 
-    Raises ValueError for a folder that holds no finished run, or whose base has changed.
+    Raises ValueError for a folder that holds no finished run, for a base or a tokenizer that has
+    changed, and for a damaged file, before any of it is used.
     """
     record = read_record(folder)
     config = from_dict(record["config"])
@@ -332,6 +342,12 @@ def restore(folder: Path, device: torch.device) -> FinishedRun:
     base = folder / "model" if is_full else Path(config.model)
     if not is_full and base_fingerprint(base) != record["fingerprints"]["base"]:
         raise ValueError(f"the base {base} is not the one that the run in {folder} was trained on")
+    check_files(folder, record["files"])
+    tokenizer = load_tokenizer(base if is_full else Path(config.model), config.tokenizer_preset)
+    if tokenizer.fingerprint() != record["fingerprints"]["tokenizer"]:
+        raise ValueError(
+            f"{tokenizer.path} is not the tokenizer that the run in {folder} was trained with"
+        )
     model = load_base(config, base, len(label_names), device)
     for name in record["adapters"]:
         load_adapter(model, folder / "adapter" / name, name, trainable=False)
@@ -349,6 +365,6 @@ def restore(folder: Path, device: torch.device) -> FinishedRun:
         config,
         record,
         model,
-        load_tokenizer(base if is_full else Path(config.model), config.tokenizer_preset),
+        tokenizer,
         label_names,
     )

@@ -27,7 +27,7 @@ from lora.attach import adapter_names
 from lora.peft_format import save_adapter
 from model.checkpoint import copy_tokenizer, save_model
 from model.ending import RunFailed
-from model.files import write_json, write_safetensors
+from model.files import describe_files, write_safetensors, write_sealed_json
 from model.heads import CausalLM, SequenceClassifier
 from training.assemble import (
     CLINICAL,
@@ -49,7 +49,15 @@ from training.objective import Classification, LanguageModelling, balanced_class
 from training.parallel import Ranks, start, stop
 from training.progress import Progress
 from training.record import check_same_run, make_record
-from training.run_folder import RUN_FILE, check_out, clear, locked, private_files, read_record
+from training.run_folder import (
+    RUN_FILE,
+    check_out,
+    clear,
+    locked,
+    private_files,
+    read_record,
+    weight_files,
+)
 from training.validation import Score, validate_classifier, validate_language
 
 
@@ -123,7 +131,10 @@ def _run(
 
     # Steps. The folder is this run's alone; a resumed run goes on from its newest checkpoint.
     record = make_record(config, notes, model, ranks, total_steps) if ranks.is_first else {}
-    with _owned_folder(out, record, ranks, resume=resume, overwrite=overwrite):
+    with (
+        _told_of_full_disks(loop),
+        _owned_folder(out, record, ranks, resume=resume, overwrite=overwrite),
+    ):
         metrics_lines, complaints = loop.resume() if resume else (0, [])
         ranks.wait()  # nobody writes before everybody has read
         progress = Progress(
@@ -140,23 +151,31 @@ def _run(
                 progress.say(f"warning: a checkpoint was passed over: {complaint}")
             if resume:
                 progress.say(f"resumed after step {loop.position.step} of {total_steps}")
-            try:
-                loop.run(progress, is_asked_to_stop)
+            loop.run(progress, is_asked_to_stop)
 
-                # Files. The best validation's weights, or with --keep last the last step's.
-                kept_step = loop.load_kept()
-                if ranks.is_first:
-                    _write_model(config, model, notes, out)
-                    best = loop.position.best
-                    kept = {"step": kept_step, "best": best, "tokens": loop.position.tokens}
-                    write_json(out / RUN_FILE, {**record, "kept": kept, "finished": True})
-                    progress.say(_farewell(out, kept_step, total_steps, best))
-            except OSError as error:
-                raise RunFailed(
-                    f"step {loop.position.step}: a file could not be written or read "
-                    f"({error.strerror or error}); {loop.last_good()}"
-                ) from error
+            # Files. The best validation's weights, or with --keep last the last step's.
+            kept_step = loop.load_kept()
+            if ranks.is_first:
+                _write_model(config, model, notes, out)
+                best = loop.position.best
+                kept = {"step": kept_step, "best": best, "tokens": loop.position.tokens}
+                files = describe_files(out, weight_files(out))
+                ending = {"kept": kept, "files": files, "finished": True}
+                write_sealed_json(out / RUN_FILE, {**record, **ending})
+                progress.say(_farewell(out, kept_step, total_steps, best))
     return out
+
+
+@contextlib.contextmanager
+def _told_of_full_disks(loop: Loop) -> Iterator[None]:
+    """Turn a failure to write or read a file into RunFailed, which names the last checkpoint."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(
+            f"step {loop.position.step}: a file could not be written or read "
+            f"({error.strerror or error}); {loop.last_good()}"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -178,7 +197,7 @@ def _owned_folder(
             check_same_run(saved, record)
             record["began"] = saved["began"]
             sweep(out / "checkpoints")
-        write_json(out / RUN_FILE, record)
+        write_sealed_json(out / RUN_FILE, record)
         ranks.wait()
         yield
 

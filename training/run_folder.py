@@ -1,6 +1,7 @@
 """The folder of a run: who may use it, what lies in it, and how it is written.
 
-    run.json           resolved config, versions, fingerprints of data and base, counts, outcome
+    run.json           resolved config, versions, fingerprints of data and base, counts, outcome;
+                       SHA-256 of itself and of the weights that the run wrote
     metrics.jsonl      one line per optimiser step and per validation
     tensorboard/       the same numbers, where TensorBoard is installed
     checkpoints/       see `training.checkpoint`
@@ -21,14 +22,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from model.files import read_json
+from model.files import read_sealed_json
 
-RUN_FILE = "run.json"
+RUN_FILE, HEAD_FILE = "run.json", "head.safetensors"
 FORMAT = 1  # of run.json
-INPUTS = ("data", "tokenizer", "base", "init_adapter", "splits")  # each has a fingerprint there
 _CONTENTS = {
     RUN_FILE, "metrics.jsonl", "tensorboard", "checkpoints", "adapter", "model",
-    "head.safetensors", "eval",
+    HEAD_FILE, "eval",
 }  # fmt: skip
 
 
@@ -50,6 +50,7 @@ def check_out(out: Path, *, resume: bool, overwrite: bool) -> None:
     if resume:
         if RUN_FILE not in contents:
             raise ValueError(f"--resume: there is no run in {out}; leave --resume out to start one")
+        read_record(out)
     elif contents:
         if RUN_FILE not in contents:
             raise ValueError(
@@ -70,27 +71,10 @@ def read_record(out: Path) -> dict[str, Any]:
     path = out / RUN_FILE
     if not path.is_file():
         raise ValueError(f"{out} holds no run: {RUN_FILE} is missing")
-    record = read_json(path)
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
+    record = read_sealed_json(path)
+    if record.get("format") != FORMAT:
         raise ValueError(f"{path} is not the record of a run, or of another version of them")
-    prints = record.get("fingerprints")
-    is_whole = (
-        isinstance(record.get("config"), dict)
-        and isinstance(prints, dict)
-        and set(prints) == set(INPUTS)
-        and all(value is None or isinstance(value, str) for value in prints.values())
-        and all(_is_names(record.get(key)) for key in ("labels", "adapters"))
-        and isinstance(record.get("began"), str)
-        and type(record.get("total_steps")) is int
-        and type(record.get("finished")) is bool
-    )
-    if not is_whole:
-        raise ValueError(f"{path} is damaged: an entry that every run writes is missing or wrong")
     return record
-
-
-def _is_names(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 @contextmanager
@@ -120,6 +104,12 @@ def private_files() -> Iterator[None]:
         yield
     finally:
         os.umask(before)
+
+
+def weight_files(out: Path) -> list[str]:
+    """What a finished run is loaded from, by path in its folder: adapters, head, whole model."""
+    found = [out / HEAD_FILE, *(out / "adapter").rglob("*"), *(out / "model").rglob("*")]
+    return sorted(str(path.relative_to(out)) for path in found if path.is_file())
 
 
 def clear(out: Path) -> None:

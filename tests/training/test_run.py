@@ -23,7 +23,7 @@ import training.run
 from evaluation.metrics import headline_metrics
 from model.checkpoint import load_causal_lm
 from model.ending import RunFailed
-from model.files import read_json, write_json
+from model.files import read_json, read_sealed_json, write_sealed_json
 from tests.training.conftest import CANARY_PATIENT, CANARY_TEXT
 from training.assemble import restore
 from training.checkpoint import load_checkpoint, saved_steps
@@ -332,11 +332,11 @@ def test_what_cannot_be_an_init_adapter_is_refused(make_config: MakeConfig, tmp_
     with pytest.raises(ValueError, match="does not exist"):
         run(make_config("downstream", init_adapter=str(tmp_path / "nowhere")))
     out = run(make_config("clinical", steps=2))
-    unfinished = read_json(out / "run.json")
+    unfinished = read_sealed_json(out / "run.json")
     (out / "adapter" / "clinical").rename(out / "adapter" / "other")
     with pytest.raises(ValueError, match='a run without an adapter "clinical"'):
         run(make_config("downstream", init_adapter=str(out)))
-    write_json(out / "run.json", unfinished | {"finished": False})
+    write_sealed_json(out / "run.json", unfinished | {"finished": False})
     with pytest.raises(ValueError, match="has not ended; continue it with --resume"):
         restore(out, torch.device("cpu"))
 
