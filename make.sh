@@ -5,6 +5,12 @@
 #   bash make.sh test [ARGS]     the tests; arguments go to pytest
 #   bash make.sh check           lint, formatting and types
 #   bash make.sh setup           the environment alone
+#
+# For a machine without a network, from locks/cpu.txt or locks/cuda.txt (docs/offline.md):
+#
+#   bash make.sh wheels KIND DIR     fills DIR with every wheel of the lock; on a connected machine
+#   bash make.sh offline KIND DIR    makes .venv from DIR alone; KIND is cpu or cuda
+#   bash make.sh lock KIND [DIR]     writes the lock anew; cpu takes torch's wheels from DIR
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -41,6 +47,75 @@ set_up() {
     echo "$wanted" >"$stamp"
 }
 
+# need_lock KIND DIR: both are there.
+need_lock() {
+    if [[ $1 != cpu && $1 != cuda || -z $2 ]]; then
+        echo "make.sh: say cpu or cuda, and a folder, as in: bash make.sh wheels cpu wheels" >&2
+        exit 2
+    fi
+}
+
+# wheels KIND DIR: pip checks each file against the lock's hashes. Torch's CPU build has an index of its own.
+wheels() {
+    local pip=("$(find_python)" -m pip --disable-pip-version-check download --quiet --require-hashes --no-deps
+        --only-binary :all: --dest "$2")
+    if [[ $1 == cpu ]]; then
+        "${pip[@]}" --extra-index-url https://download.pytorch.org/whl/cpu --requirement <(torch_of "$1")
+    else
+        "${pip[@]}" --requirement <(torch_of "$1")
+    fi
+    "${pip[@]}" --requirement <(others_of "$1")
+    echo "$2 holds what locks/$1.txt names: $(find "$2" -name '*.whl' | wc -l) wheels"
+}
+
+torch_of() {
+    sed -n '/^torch==/,/[^\\]$/p' "locks/$1.txt"
+}
+
+others_of() {
+    sed '/^torch==/,/[^\\]$/d' "locks/$1.txt"
+}
+
+# offline KIND DIR: nothing but DIR is asked, and a file that is not of the lock is refused.
+offline() {
+    local python
+    python=$(find_python)
+    if "$python" -c 'import ensurepip' 2>/dev/null; then
+        "$python" -m venv --clear .venv
+    else
+        "$python" -m venv --clear --without-pip .venv
+    fi
+    "$python" -m pip --isolated --python .venv/bin/python --disable-pip-version-check install --quiet \
+        --no-index --find-links "$2" --only-binary :all: --require-hashes --requirement "locks/$1.txt"
+    # The demonstration finds everything that it would have installed.
+    echo "$(cksum <pyproject.toml) $PWD" >.venv/.installed-mimic
+    echo ".venv holds what locks/$1.txt names; begin with: source .venv/bin/activate"
+}
+
+# lock KIND [DIR]: asks PyPI alone, whatever else this machine is set up to ask, so no private host gets in.
+lock() {
+    local extras=(--extra mimic --extra tensorboard --extra tokenizers) torch=() aside about
+    about="Torch is the build on PyPI, which brings CUDA 13."
+    aside=$(mktemp -d)
+    if [[ $1 == cpu ]]; then
+        need_lock "$1" "${2:-}"
+        echo "torch==2.13.0+cpu" >"$aside/override.txt"
+        grep -E '^[a-z]' locks/cuda.txt | grep -v '^torch==' | tr -d ' \\' >"$aside/constraint.txt"
+        torch=(--override "$aside/override.txt" --constraint "$aside/constraint.txt" --find-links "$2")
+        about="Torch is the CPU build of download.pytorch.org, for the Pythons whose wheels were at hand."
+    fi
+    {
+        echo "# Every package of a run on Linux x86_64, CPython 3.11 and 3.12, with the hashes of its files."
+        echo "# $about"
+        echo "# Made by \`bash make.sh lock $1\`; see docs/offline.md."
+        env -u UV_INDEX -u UV_EXTRA_INDEX_URL -u UV_FIND_LINKS uv pip compile pyproject.toml "${extras[@]}" \
+            --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-config \
+            --no-annotate --no-header --default-index https://pypi.org/simple --quiet "${torch[@]}"
+    } >"$aside/lock.txt"
+    mv "$aside/lock.txt" "locks/$1.txt"
+    rm -r "$aside"
+}
+
 show() {
     echo "+ $*" >&2
     "$@"
@@ -66,6 +141,18 @@ case "${1:-}" in
         ;;
     setup)
         set_up test
+        ;;
+    wheels)
+        need_lock "${2:-}" "${3:-}"
+        wheels "$2" "$3"
+        ;;
+    offline)
+        need_lock "${2:-}" "${3:-}"
+        offline "$2" "$3"
+        ;;
+    lock)
+        need_lock "${2:-}" "${3:-none}"
+        lock "$2" "${3:-}"
         ;;
     *)
         sed -n 's/^#   //p' "${BASH_SOURCE[0]}" >&2

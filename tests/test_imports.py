@@ -27,8 +27,9 @@ ALLOWED = {
     "train.py": {"model", "lora", "data", "training", "evaluation"},
     "eval.py": {"model", "lora", "data", "training", "evaluation"},
 }
-# Commands of a room that may import more: the sample text of a merge needs a tokenizer.
-COMMANDS = {"lora/merge.py": {"data"}}
+# Commands of a room that may import more: the sample text of a merge needs a tokenizer, and every
+# command ends as `model.ending` says.
+COMMANDS = {"lora/merge.py": {"data"}, "data/preview.py": {"model"}}
 NEVER_IMPORTED = {"train", "eval", "tests"}
 RIVALS = {
     "accelerate", "bitsandbytes", "lightning", "liger_kernel", "peft", "pytorch_lightning",
