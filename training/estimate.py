@@ -277,6 +277,7 @@ def flops(model: Model, lengths: np.ndarray, *, trains: bool, checkpointing: boo
     total = 0.0
     has_gradient = model.model.embed_tokens.weight.requires_grad
     for block in model.model.layers:
+        assert isinstance(block, Block)
         has_gradient = has_gradient or _trains(block)
         queries = block.self_attn.q_proj.out_features
         frozen = 0.0

@@ -1,0 +1,302 @@
+"""Estimates against what autograd keeps, what torch counts, and what whole runs really took.
+
+The measurements of whole runs are slow and, where other programs share the machine, say nothing
+about time: `bash make.sh test --slow -s tests/training/test_estimate.py` on an idle machine.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from data.packing import PackedBatch
+from lora.attach import attach
+from lora.config import LoraConfig
+from model.checkpoint import save_model
+from model.config import DecoderConfig
+from model.decoder import init_weights
+from model.heads import CausalLM, SequenceClassifier
+from tests.conftest import ROOT
+from tests.data.conftest import train_sentencepiece
+from tests.evaluation.conftest import write_notes
+from training.config import LoraSettings, RunConfig, to_dict
+from training.estimate import Model, TimeLeft, flops, saved_bytes
+from training.objective import Classification, LanguageModelling
+from training.stages import clinical, downstream
+
+SHAPE = DecoderConfig(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=176,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=16,
+    max_position_embeddings=256,
+    rms_norm_eps=1e-5,
+    bos_token_id=1,
+    eos_token_ids=(2,),
+)
+# Equal lengths (a view of the stream), a single note, one padded group, several groups.
+LENGTHS = ([64] * 4, [100], [60, 61, 64, 66], [10, 60, 64], [10, 11, 60, 60])
+
+
+def make_model(kind: str, trained: str, *, kv_heads: int = 4, dropout: float = 0.0) -> Model:
+    config = replace(SHAPE, num_key_value_heads=kv_heads)
+    model = CausalLM(config) if kind == "language" else SequenceClassifier(config, 3)
+    init_weights(model, 0.02, seed=0)
+    model.requires_grad_(trained == "full")
+    if trained == "lora":
+        targets = ("q_proj", "v_proj", "down_proj")
+        settings = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets)
+        attach(model, "clinical", settings, seed=0)
+    if isinstance(model, SequenceClassifier):
+        model.score.requires_grad_(True)
+    return model
+
+
+def make_batch(kind: str, lengths: list[int]) -> PackedBatch:
+    offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+    ids, notes = np.arange(offsets[-1]) % 500, np.arange(len(lengths))
+    labels = ids.copy()
+    labels[offsets[:-1]] = -100
+    is_language = kind == "language"
+    return PackedBatch(
+        ids,
+        labels if is_language else None,
+        offsets,
+        notes,
+        None if is_language else 0 * notes,
+        notes,
+    )
+
+
+def make_objective(
+    model: Model, *, checkpointing: bool = False
+) -> LanguageModelling | Classification:
+    cpu = torch.device("cpu")
+    if isinstance(model, CausalLM):
+        return LanguageModelling(model, cpu, gradient_checkpointing=checkpointing)
+    return Classification(model, cpu, gradient_checkpointing=checkpointing)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "trained", "options"),
+    [
+        ("language", "lora", {}),
+        ("language", "lora", {"dropout": 0.1}),
+        ("language", "lora", {"kv_heads": 2}),
+        ("language", "lora", {"checkpointing": True}),
+        ("language", "full", {}),
+        ("language", "full", {"checkpointing": True}),
+        ("classifier", "lora", {}),
+        ("classifier", "full", {}),
+    ],
+    ids=str,
+)
+def test_the_formula_is_what_autograd_keeps(
+    kind: str, trained: str, options: dict[str, Any], lengths: list[int]
+) -> None:
+    options = dict(options)
+    checkpointing = options.pop("checkpointing", False)
+    model, batch = make_model(kind, trained, **options), make_batch(kind, lengths)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+    alive = []  # an address is used again once its tensor is gone
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        alive.append(tensor)
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    objective = make_objective(model, checkpointing=checkpointing)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        objective.loss(batch, dropout_seed=1)
+    counted = saved_bytes(
+        model,
+        batch,
+        compute_dtype=torch.float32,
+        on_gpu=False,
+        checkpointing=checkpointing,
+    )
+    # Indices and token ids are not counted; a checkpoint recomputes its own norm.
+    assert counted == pytest.approx(sum(kept.values()), rel=0.05 if checkpointing else 0.01)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("trained", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["language", "classifier"])
+def test_operations_are_what_torch_counts(kind: str, trained: str, checkpointing: bool) -> None:
+    """Over short segments, for torch does not count attention itself on a CPU."""
+    model, batch = make_model(kind, trained), make_batch(kind, [4] * 40)
+    objective = make_objective(model, checkpointing=checkpointing)
+
+    def added_product(
+        total: torch.Size, left: torch.Size, right: torch.Size, **rest: object
+    ) -> int:
+        return 2 * left[0] * left[1] * right[1]
+
+    in_place = {torch.ops.aten.addmm_: added_product}  # of which torch counts the other form alone
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        objective.loss(batch, dropout_seed=None).loss_sum.backward()
+    counted = flops(model, np.diff(batch.offsets), trains=True, checkpointing=checkpointing)
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.06)
+
+
+def test_time_left_counts_validations_and_what_lies_between() -> None:
+    left = TimeLeft(total_steps=10, validate_every=4, validation_in_steps=5.0)
+    left.step(9.0, between=0.0)
+    assert left.seconds(1) == pytest.approx(9 * 9 + 3 * 45)  # nothing else is known yet
+    for _ in range(3):
+        left.step(2.0, between=0.0)
+    assert left.seconds(4) == pytest.approx(6 * 2 + 2 * 10)  # the first step only warmed up
+    left.validation(30.0)
+    left.step(2.0, between=5.0)
+    assert left.seconds(5) == pytest.approx(5 * (2 + 5 / 5) + 2 * 30)
+    for _ in range(5):
+        left.step(2.0, between=1.0)
+    left.validation(30.0)
+    assert TimeLeft(total_steps=3).seconds(0) == 0.0
+
+
+# Whole runs ---------------------------------------------------------------------------------------
+
+# (hidden size, layers, stage, changes of its config)
+SETTINGS: dict[str, tuple[int, int, str, dict[str, Any]]] = {
+    "language lora": (256, 4, "clinical", {}),
+    "language lora all-linear dropout": (
+        256,
+        6,
+        "clinical",
+        {"lora": LoraSettings(target_modules=("all-linear",), dropout=0.1)},
+    ),
+    "language lora checkpointing": (512, 6, "clinical", {"gradient_checkpointing": True}),
+    "language full": (384, 6, "clinical", {"adapter": "full"}),
+    "classifier lora": (256, 6, "downstream", {}),
+    "classifier full checkpointing": (
+        512,
+        4,
+        "downstream",
+        {"adapter": "full", "gradient_checkpointing": True},
+    ),
+}
+
+PLANS = """
+import json, sys
+from pathlib import Path
+from training.config import from_dict
+from training.dry_run import make_plan
+from training.parallel import start
+import evaluation.metrics
+plan = make_plan(from_dict(json.loads(Path(sys.argv[1]).read_text())), start("cpu"))
+print(json.dumps({"memory": plan.memory.total, "program": plan.memory.program,
+                  "seconds": plan.seconds}))
+"""
+RUNS = """
+import json, sys, time
+from pathlib import Path
+import training.run
+from evaluation.metrics import headline_metrics
+from training.config import from_dict
+from training.progress import Progress
+began, marks = time.perf_counter(), {}
+real = Progress.step
+def step(self, number, **rest):
+    real(self, number, **rest)
+    now = time.perf_counter()
+    marks.setdefault("first", now - rest["seconds"])
+    if number == 20:
+        marks["at"], marks["left"] = now, self._time_left.seconds(20)
+Progress.step = step
+training.run.run(from_dict(json.loads(Path(sys.argv[1]).read_text())), score=headline_metrics)
+end = time.perf_counter()
+status = Path("/proc/self/status").read_text()
+peak = next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]
+print(json.dumps({"memory": int(peak) * 1024, "seconds": end - marks["first"],
+                  "left": marks.get("left"), "took": end - marks.get("at", end)}))
+"""
+
+
+def make_config(name: str, folder: Path, **changes: Any) -> RunConfig:
+    width, layers, stage, settings = SETTINGS[name]
+    shape = replace(
+        SHAPE,
+        vocab_size=4096,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
+        head_dim=64,
+    )
+    model = CausalLM(shape)
+    init_weights(model, 0.02, seed=0)
+    save_model(model, folder / "base")
+    train_sentencepiece(folder / "base" / "tokenizer.model")
+    notes = write_notes(folder / "notes.csv", patients=900, seed=0)
+    start = clinical() if stage == "clinical" else downstream()
+    if stage == "downstream":
+        start = replace(start, task="label", label_column="label")
+    return replace(
+        start,
+        model=str(folder / "base"),
+        data=str(notes),
+        patient_column="patient",
+        max_length=64,
+        batch_size=None,
+        epochs=None,
+        device="cpu",
+        workers=1,
+        out=str(folder / "run"),
+        **settings,
+        **changes,
+    )
+
+
+def measure(program: str, config: RunConfig, folder: Path) -> dict[str, float]:
+    path = folder / "config.json"
+    path.write_text(json.dumps(to_dict(config)))
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+def test_memory_of_a_run_is_within_a_fifth(name: str, tmp_path: Path) -> None:
+    config = make_config(name, tmp_path, batch_tokens=8192, steps=2, eval_tokens=2000)
+    plan = measure(PLANS, config, tmp_path)
+    run = measure(RUNS, config, tmp_path)
+    ratio = plan["memory"] / run["memory"]
+    print(
+        f"{name}: memory {plan['memory'] / 2**20:.0f} MiB estimated (program "
+        f"{plan['program'] / 2**20:.0f}), {run['memory'] / 2**20:.0f} measured: {ratio:.3f}"
+    )
+    assert 0.8 <= ratio <= 1.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+def test_time_of_a_run_is_within_a_quarter_after_20_steps(name: str, tmp_path: Path) -> None:
+    config = make_config(name, tmp_path, batch_tokens=1024, steps=60, eval_tokens=4000)
+    plan = measure(PLANS, config, tmp_path)
+    run = measure(RUNS, config, tmp_path)
+    before, after = plan["seconds"] / run["seconds"], run["left"] / run["took"]
+    print(
+        f"{name}: time before {plan['seconds']:.1f} s of {run['seconds']:.1f}: {before:.3f}; "
+        f"after 20 steps {run['left']:.1f} s of {run['took']:.1f}: {after:.3f}"
+    )
+    assert 0.75 <= after <= 1.25
