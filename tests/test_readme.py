@@ -62,8 +62,8 @@ def test_the_readme_names_the_commands_that_do_everything() -> None:
 
 
 def test_flags_in_the_readme_exist() -> None:
-    # Of make.sh, of torchrun, and the word for "any flag".
-    elsewhere = {"--nproc-per-node", "--help"}
+    # Of make.sh, of torchrun, of data.preview, and the word for "any flag".
+    elsewhere = {"--nproc-per-node", "--help", "--show-text"}
     known = {*flag_types(TrainFlags), *flag_types(ScoreConfig), *elsewhere}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", README)) <= known
 
