@@ -211,16 +211,17 @@ class TextFiles:
     """Notes from text files, one note a file, in the order given."""
 
     def __init__(self, paths: Sequence[Path], description: str) -> None:
-        self._paths = paths
-        self.description = description
-
-    def __iter__(self) -> Iterator[Note]:
-        for path in self._paths:
+        for path in paths:
             if path.stat().st_size > LINE_LIMIT:
                 raise ValueError(
                     f"{path}: more than {LINE_LIMIT >> 20} MiB, and a text file is one note; put "
                     f"the notes into files of their own, or into a table"
                 )
+        self._paths = paths
+        self.description = description
+
+    def __iter__(self) -> Iterator[Note]:
+        for path in self._paths:
             content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
             try:
                 text = content.decode()
