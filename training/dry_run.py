@@ -35,6 +35,7 @@ from training.config import RunConfig
 from training.estimate import Memory, Work, duration, flops, measured_rate, memory, program_bytes
 from training.loop import steps_between_validations
 from training.objective import compute_dtype
+from training.optim import make_adamw
 from training.parallel import Ranks, start, stop
 from training.run import count_steps, make_objective
 from training.run_folder import check_out, private_files
@@ -78,7 +79,6 @@ def dry_run(config: RunConfig, *, resume: bool = False, overwrite: bool = False)
 
 def make_plan(config: RunConfig, ranks: Ranks) -> Plan:
     """Everything that a run decides before its first step, and what its steps will need."""
-    program = program_bytes() if ranks.device.type == "cpu" else 0
     config = dataclasses.replace(config, base_dtype=base_dtype(config, ranks.device))
     if not ranks.is_first:
         ranks.wait()
@@ -99,6 +99,10 @@ def make_plan(config: RunConfig, ranks: Ranks) -> Plan:
     model = build_model(config, notes, _META)
     check_same_base(config, fingerprints(config, notes)["base"])
     make_objective(config, model, notes, _META)  # refuses a class without notes
+
+    # An optimiser loads much of torch that nothing has needed so far: 130 MiB.
+    make_adamw({"": torch.nn.Parameter(torch.zeros(1))}, config.optim)
+    program = program_bytes() if ranks.device.type == "cpu" else 0
 
     looked_at = min(total_steps, _STEPS_LOOKED_AT)
     steps = [step for step in (loader.next_step() for _ in range(looked_at)) if step]

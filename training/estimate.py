@@ -107,7 +107,10 @@ def memory(
     # rows (of h, of gate, of up, and one product of theirs), while h itself has just gone.
     passing = tokens * (2 * config.hidden_size + 3 * config.intermediate_size) * width
     if blocks and checkpointing:
-        passing += _block_saved(blocks[-1], batch, width, on_gpu, has_gradient=True)
+        recomputed = _block_saved(blocks[-1], batch, width, on_gpu, has_gradient=True)
+        # On a CPU the forward pass of a block, which keeps nothing, leaves holes of that size in
+        # the heap, and what is recomputed does not fit into them (measured, not derived).
+        passing += recomputed * (1 if on_gpu else 2)
     passing += _largest_cast(model.model, compute_dtype)
     if any(isinstance(m, Linear) and m.weight.requires_grad for m in model.modules()):
         passing += max(p.nbytes for p in trained)  # a gradient before it is added
