@@ -213,6 +213,14 @@ def test_a_command_ends_in_2_and_one_line(
         assert path.name in line or folder in line
 
 
+def test_another_tokenizer_is_not_resumed(
+    place: Path, damage: Callable[[str, str], Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    damage("base/tokenizer.model", "swapped")
+    assert train.main(["--resume", "--out", str(place / "run")]) == 2
+    assert "the content of the tokenizer is not what it was" in capfd.readouterr().err
+
+
 def test_the_rot_of_the_best_checkpoint_is_told_before_the_run_goes_on(
     place: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
