@@ -2,7 +2,8 @@
 
 The invariant: adapters are only put on the base that they were trained on, and only together with
 those that they were trained on top of. A run's folder vouches for both (`run.json` has the base's
-fingerprint and the adapters in their order); a PEFT folder that lies in none vouches for nothing.
+fingerprint, the adapters in their order and the SHA-256 of their files, which are compared before
+they are used); a PEFT folder that lies in none vouches for nothing.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from torch import Tensor
 from lora.peft_format import TENSORS_FILE, find_adapter, stored_head
 from model.checkpoint import base_fingerprint, weights_metadata
 from model.config import read_config
-from model.files import file_digest, open_safetensors, read_json
+from model.files import check_files, file_digest, open_safetensors, read_sealed_json
 from model.heads import CausalLM, SequenceClassifier
 
 RUN_FILE, HEAD_FILE, ADAPTERS = "run.json", "head.safetensors", "adapter"
@@ -51,17 +52,17 @@ def parts_of_run(run: Path) -> Parts:
     """The parts of a finished run.
 
     Raises:
-        ValueError: no finished run is there, or it trained no adapter.
+        ValueError: no finished run is there, a file of it is not what it wrote, or it trained no
+            adapter.
     """
     if not (run / RUN_FILE).is_file():
         raise ValueError(f"{run} holds no run: {RUN_FILE} is missing")
     record = _record(run)
-    if not record["finished"]:
-        raise ValueError(f"the run in {run} has not ended; continue it with --resume")
     if record["config"]["adapter"] == "full":
         raise ValueError(f"{run} trained all weights, not adapters: use {run / 'model'} as it is")
     if not record["adapters"]:
         raise ValueError(f"{run} has no adapter, only a head; there is nothing to put together")
+    check_files(run, record["files"])
     score = None
     if record["labels"]:
         with open_safetensors(run / HEAD_FILE) as file:
@@ -86,8 +87,8 @@ def parts_of_folders(base: Path, folders: Sequence[Path]) -> Parts:
     """A base and PEFT folders, which may be those of a run, of others, or of peft.
 
     Raises:
-        ValueError: two adapters disagree about the base or the head, or one is missing that
-            another was trained on top of.
+        ValueError: two adapters disagree about the base or the head, one is missing that another
+            was trained on top of, or a run's adapter is not what the run wrote.
     """
     adapters = tuple(find_adapter(folder) for folder in folders)
     digests = [_update_digest(adapter) for adapter in adapters]
@@ -102,12 +103,14 @@ def parts_of_folders(base: Path, folders: Sequence[Path]) -> Parts:
         run = adapter.resolve().parent.parent
         if not (run / RUN_FILE).is_file():
             continue
-        record = _record(run)
-        if adapter.resolve().name not in record["adapters"]:
+        record, name = _record(run), adapter.resolve().name
+        if name not in record["adapters"]:
             continue
+        own = f"{ADAPTERS}/{name}/"
+        check_files(run, {file: of for file, of in record["files"].items() if file.startswith(own)})
         bases.add(record["fingerprints"]["base"])
         label_names = tuple(record["labels"]) if head is not None else label_names
-        for below in record["adapters"][: record["adapters"].index(adapter.resolve().name)]:
+        for below in record["adapters"][: record["adapters"].index(name)]:
             if _update_digest(run / ADAPTERS / below) not in digests:
                 raise ValueError(
                     f"{adapter} was trained on top of the adapter {below!r}, which is not given; "
@@ -150,12 +153,14 @@ def check_base(parts: Parts) -> None:
 
 
 def _record(run: Path) -> dict[str, Any]:
-    """run.json, as far as it is asked for here."""
+    """run.json of a finished run, as far as it is asked for here."""
     path = run / RUN_FILE
-    record = read_json(path)
+    record = read_sealed_json(path)
+    if record.get("finished") is False:
+        raise ValueError(f"the run in {run} has not ended; continue it with --resume")
     try:
         found: dict[str, Any] = {
-            "finished": bool(record["finished"]),
+            "files": dict(record["files"]),
             "config": {key: str(record["config"][key]) for key in ("model", "adapter")},
             "adapters": [str(name) for name in record["adapters"]],
             "labels": [str(label) for label in record["labels"]],

@@ -1,6 +1,5 @@
 """Folders as finished runs leave them, without training: a base, adapters with updates, a head."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from lora.attach import adapter_parameters, attach
 from lora.config import LoraConfig
 from lora.peft_format import save_adapter
 from model.checkpoint import base_fingerprint, load_causal_lm, load_classifier, save_model
-from model.files import write_safetensors
+from model.files import describe_files, write_safetensors, write_sealed_json
 from model.heads import CausalLM, SequenceClassifier
 from tests.lora.oracle import make_oracle, make_twin, tiny_config
 
@@ -61,12 +60,14 @@ def make_run(
             parameter.normal_(std=size, generator=generator)
         is_last = name == list(adapters)[-1]
         save_adapter(model, name, folder / "adapter" / name, head=head if is_last else None)
+    files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
     found = {
         "finished": True,
         "config": {"model": str(base), "adapter": "lora"},
         "fingerprints": {"base": base_fingerprint(base)},
         "adapters": list(adapters),
         "labels": list(labels),
+        "files": describe_files(folder, files),
     }
-    (folder / "run.json").write_text(json.dumps(found | dict(record or {})))
+    write_sealed_json(folder / "run.json", found | dict(record or {}))
     return model

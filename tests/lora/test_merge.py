@@ -403,6 +403,32 @@ def test_a_run_that_cannot_be_merged_is_refused(
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        "run.json",
+        "head.safetensors",
+        "adapter/clinical/adapter_config.json",
+        "adapter/downstream/adapter_model.safetensors",
+    ],
+)
+def test_a_run_with_one_flipped_bit_is_refused(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    run, out = tmp_path / "run", ["--out", tmp_path / "out"]
+    make_run(run, base, BOTH, labels=LABELS)
+    whole = (run / name).read_bytes()
+    (run / name).write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    commands = [["--run", run, *out]]
+    if name != "head.safetensors":  # which an adapter's own folder carries too
+        commands.append(["--model", base, "--adapter", *(run / "adapter" / a for a in BOTH), *out])
+    for command in commands:
+        line = refused(command, capsys)
+        assert str(run / name) in line
+        assert "is damaged" in line or "is not valid JSON" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "the following arguments are required: --out"),
