@@ -332,8 +332,10 @@ def _word_boundaries(model: bytes) -> _WordBoundaries | None:
     for number, value in _fields(model):
         if number == _PIECES and isinstance(value, bytes):
             piece = dict(_fields(value))
-            # Not bytes(): where a damaged file has a number, that would be so many zeros.
-            text = memoryview(piece.get(_PIECE_TEXT, b"")).tobytes().decode()
+            piece_text = piece.get(_PIECE_TEXT, b"")
+            if not isinstance(piece_text, bytes):  # a number: the file is damaged
+                raise TypeError
+            text = piece_text.decode()
             kind = piece.get(_PIECE_TYPE, _NORMAL)
             if kind not in (_NORMAL, _UNKNOWN, _CONTROL, _BYTE):
                 return None
