@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import yaml
 
-from data.loader import Loader
 from data.packing import ClassificationNotes, PackedBatch
 from training.assemble import (
     Dataset,
@@ -26,7 +25,6 @@ from training.assemble import (
     check_same_base,
     count_parameters,
     fingerprints,
-    load_notes,
     make_dataset,
     validation_rows,
 )
@@ -37,7 +35,7 @@ from training.loop import steps_between_validations
 from training.objective import compute_dtype
 from training.optim import make_adamw
 from training.parallel import Ranks, start, stop
-from training.run import count_steps, make_objective
+from training.run import count_steps, load_notes_in_turn, make_loader, make_objective
 from training.run_folder import check_out, private_files
 
 _STEPS_LOOKED_AT = 50  # for the mean step and the largest micro-batch
@@ -80,21 +78,9 @@ def dry_run(config: RunConfig, *, resume: bool = False, overwrite: bool = False)
 def make_plan(config: RunConfig, ranks: Ranks) -> Plan:
     """Everything that a run decides before its first step, and what its steps will need."""
     config = dataclasses.replace(config, base_dtype=base_dtype(config, ranks.device))
-    if not ranks.is_first:
-        ranks.wait()
-    notes = load_notes(config)
-    if ranks.is_first:
-        ranks.wait()
+    notes = load_notes_in_turn(config, ranks)
     train_set = make_dataset(config, notes, notes.splits.train)
-    loader = Loader(
-        train_set,
-        batch_tokens=config.batch_tokens,
-        batch_size=config.batch_size,
-        micro_tokens=config.micro_tokens,
-        seed=config.seed,
-        rank=ranks.rank,
-        world_size=ranks.count,
-    )
+    loader = make_loader(config, train_set, ranks)
     total_steps, steps_per_epoch = count_steps(config, loader), loader.steps_per_epoch()
     model = build_model(config, notes, _META)
     check_same_base(config, fingerprints(config, notes)["base"])

@@ -31,7 +31,6 @@ from model.files import describe_files, write_safetensors, write_sealed_json
 from model.heads import CausalLM, SequenceClassifier
 from training.assemble import (
     CLINICAL,
-    HEAD_FILE,
     Dataset,
     Model,
     Notes,
@@ -50,6 +49,7 @@ from training.parallel import Ranks, start, stop
 from training.progress import Progress
 from training.record import check_same_run, make_record
 from training.run_folder import (
+    HEAD_FILE,
     RUN_FILE,
     check_out,
     clear,
@@ -97,22 +97,9 @@ def _run(
     config = dataclasses.replace(config, base_dtype=base_dtype(config, ranks.device))
     torch.manual_seed(config.seed)  # no step draws from it, but whatever might is repeatable
 
-    # Notes. The first rank makes the token cache, then the others open it.
-    if not ranks.is_first:
-        ranks.wait()
-    notes = load_notes(config)
-    if ranks.is_first:
-        ranks.wait()
+    notes = load_notes_in_turn(config, ranks)
     train_set = make_dataset(config, notes, notes.splits.train)
-    loader = Loader(
-        train_set,
-        batch_tokens=config.batch_tokens,
-        batch_size=config.batch_size,
-        micro_tokens=config.micro_tokens,
-        seed=config.seed,
-        rank=ranks.rank,
-        world_size=ranks.count,
-    )
+    loader = make_loader(config, train_set, ranks)
     total_steps = count_steps(config, loader)
 
     # Model. The base is frozen; what trains is adapters and head, or with --adapter full all of it.
@@ -200,6 +187,29 @@ def _owned_folder(
         write_sealed_json(out / RUN_FILE, record)
         ranks.wait()
         yield
+
+
+def load_notes_in_turn(config: RunConfig, ranks: Ranks) -> Notes:
+    """The run's notes: the first rank makes their token cache, then the others open it."""
+    if not ranks.is_first:
+        ranks.wait()
+    notes = load_notes(config)
+    if ranks.is_first:
+        ranks.wait()
+    return notes
+
+
+def make_loader(config: RunConfig, train_set: Dataset, ranks: Ranks) -> Loader:
+    """This rank's share of every step."""
+    return Loader(
+        train_set,
+        batch_tokens=config.batch_tokens,
+        batch_size=config.batch_size,
+        micro_tokens=config.micro_tokens,
+        seed=config.seed,
+        rank=ranks.rank,
+        world_size=ranks.count,
+    )
 
 
 def count_steps(config: RunConfig, loader: Loader) -> int:
