@@ -68,11 +68,6 @@ class Segments:
     def lengths(self) -> tuple[int, ...]:
         return tuple(b - a for a, b in itertools.pairwise(self.offsets))
 
-    @property
-    def last_tokens(self) -> tuple[int, ...]:
-        """Index in the stream of each segment's last token."""
-        return tuple(offset - 1 for offset in self.offsets[1:])
-
     def to(self, device: torch.device | str) -> Self:
         groups = tuple(group.to(device) for group in self.groups)
         return type(self)(self.offsets, self.cu_seqlens.to(device), groups)

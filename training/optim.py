@@ -1,8 +1,7 @@
 """AdamW (arXiv 1711.05101) over the trainable parameters, and the learning rate as a closed form.
 
-The learning rate is a pure function of the step, so a resumed run needs nothing but its step. The
-invariant: `check_finite` stands between the gradient and the update, so neither weights nor
-optimiser state ever see a non-finite value.
+The invariant: the learning rate is a pure function of the step, so a resumed run needs nothing but
+its step. `training.step` refuses a gradient that is not finite before it comes here to be applied.
 """
 
 import math

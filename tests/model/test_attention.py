@@ -47,4 +47,3 @@ def test_positions_restart_and_samples_follow_their_tokens() -> None:
     assert batch.positions.tolist() == [0, 1, 0, 1, 2]
     assert batch.sample_ids.tolist() == [70, 70, 80, 80, 80]
     assert batch.segments.lengths == (2, 3)
-    assert batch.segments.last_tokens == (1, 4)
