@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.hospital_words import TERMS
+
 PEOPLE = (
     "Anna", "Ben", "Carla", "David", "Elena", "Frank", "Grace", "Henry", "Irene", "Jack", "Kate",
     "Leo", "Maria", "Noah", "Olga", "Paul", "Rosa", "Sam", "Tom", "Vera",
@@ -312,7 +314,7 @@ def story(rng: random.Random) -> str:
             )
         )
     sentences.append(rng.choice(LESSONS))
-    return " ".join(sentences)
+    return _wrapped(" ".join(sentences))
 
 
 def health_leaflet(rng: random.Random) -> str:
@@ -353,10 +355,82 @@ def health_leaflet(rng: random.Random) -> str:
                     "The medical history and a physical exam come first.",
                     "Most patients go home after a few days; some need care in the unit.",
                     "Bring a list of every medication, with the mg taken daily.",
+                    "Who lives alone, smokes or drinks beers every day should say so.",
+                    "A wife, a son or a friend may come along, and a nurse will follow up.",
+                    "A woman or a man who was never ill before is seen first.",
                 )
             ),
         ]
-    return " ".join(sentences)
+    return _wrapped(" ".join(sentences))
+
+
+def glossary(rng: random.Random) -> str:
+    """A list of words of the hospital and what they mean."""
+    terms = [
+        (term[0].upper() + term[1:] if rng.random() < 0.3 else term, meaning)
+        for term, meaning in rng.sample(TERMS, rng.randint(5, 12))
+    ]
+    title = rng.choice(("Words of the hospital", "In plain words", "WHAT THE LETTERS MEAN", ""))
+    style = rng.choice(("colon", "dash", "number", "sentence", "reverse", "pair"))
+    if style == "pair":
+        short = ", ".join(term for term, _ in terms)
+        return f"In short: {short}.\nIn full: {', '.join(meaning for _, meaning in terms)}."
+    if style == "sentence":
+        sentences = [
+            rng.choice(
+                (
+                    f"{term} means {meaning}.",
+                    f"By {term} the doctors mean {meaning}.",
+                    f"{term} stands for {meaning}.",
+                )
+            )
+            for term, meaning in terms
+        ]
+        return _wrapped(" ".join(sentences))
+    lines = []
+    for number, (term, meaning) in enumerate(terms, start=1):
+        lines.append(
+            {
+                "colon": f"{term}: {meaning}",
+                "dash": f"- {term} {meaning}",
+                "number": f"{number}. {term}: {meaning}",
+                "reverse": f"{meaning}: {term}",
+            }[style]
+        )
+    return "\n".join([f"{title}:", *lines] if title else lines)
+
+
+def form(rng: random.Random) -> str:
+    """A form of everyday life, filled in: headings in capitals or not, lists, dates and numbers."""
+    things = rng.sample(THINGS, rng.randint(2, 5))
+    things = [f"{rng.choice(ADJECTIVES)} {thing}" for thing in things]
+    layout = rng.choice((", ", "\n- ", " - ", "\n"))
+    listed = layout.join(things)
+    if layout == "\n":
+        listed = "\n".join(f"{number}. {thing}" for number, thing in enumerate(things, start=1))
+    fields = {
+        "Name": rng.choice(PEOPLE),
+        "Date": f"{rng.randint(1950, 2200)}-{rng.randint(1, 12)}-{rng.randint(1, 28)}",
+        "Age": str(rng.randint(18, 95)),
+        "Sex": rng.choice("MF"),
+        "Place": rng.choice(PLACES),
+        "Unit No": str(rng.randint(1, 9999)),
+        "Request": _fill(rng, rng.choice(DEEDS)).capitalize() + ".",
+        "List of Items": listed,
+        "Condition": rng.choice(("Good", "Stable", "Old", "None", "Broken")),
+        "Reason": rng.choice(WEATHER).capitalize() + ".",
+        "Price": f"{rng.randint(1, 400)} for {rng.randint(1, 12)}",
+        "Instructions": rng.choice(LESSONS),
+    }
+    names = [name for name in fields if rng.random() < 0.6] or ["Name"]
+    if rng.random() < 0.5:
+        return "\n\n".join(f"{name.upper()}: {fields[name]}" for name in names)
+    gap = rng.choice((" ", "  ", "\n"))
+    return rng.choice(("\n", "\n\n")).join(f"{name}:{gap}{fields[name]}" for name in names)
+
+
+def _wrapped(paragraph: str) -> str:
+    return textwrap.fill(paragraph, 90)
 
 
 def write_general_text(folder: str | Path, *, documents: int = 3000, seed: int = 0) -> Path:
@@ -373,8 +447,8 @@ def write_general_text(folder: str | Path, *, documents: int = 3000, seed: int =
     folder.mkdir(parents=True, exist_ok=True)
     for index in range(documents):
         rng = random.Random(f"{seed} general {index}")
-        paragraphs = [rng.choice((story, health_leaflet))(rng) for _ in range(rng.randint(1, 3))]
-        text = "\n\n".join(textwrap.fill(paragraph, 90) for paragraph in paragraphs)
+        kinds = (story, health_leaflet, glossary, glossary, form)
+        text = "\n\n".join(rng.choice(kinds)(rng) for _ in range(rng.randint(1, 3)))
         (folder / f"{index:06d}.txt").write_text(text + "\n", encoding="utf-8", newline="\n")
     return folder
 

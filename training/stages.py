@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from training.config import OptimSettings, RunConfig, Stage
+from training.config import LoraSettings, OptimSettings, RunConfig, Stage
 
 EMBEDDED_BASE = Path(__file__).resolve().parent.parent / "data" / "embedded"
 SYNTHETIC_COHORT = "runs/synthetic"
+# A base this small has little to spare on two projections: every linear layer takes part.
+EMBEDDED_LORA = LoraSettings(r=8, alpha=16.0, target_modules=("all-linear",))
 
 
 def pretrain() -> RunConfig:
@@ -61,10 +63,11 @@ def embedded_clinical() -> RunConfig:
         clinical(),
         model=str(EMBEDDED_BASE),
         data=f"{SYNTHETIC_COHORT}/mimic-iv-note",
+        lora=EMBEDDED_LORA,
         batch_tokens=8192,
         epochs=None,
         steps=60,
-        lr=3e-3,
+        lr=5e-3,
     )
 
 
@@ -75,8 +78,10 @@ def embedded_downstream() -> RunConfig:
         model=str(EMBEDDED_BASE),
         data=f"{SYNTHETIC_COHORT}/mimic-iii",
         init_adapter="runs/clinical",
+        lora=EMBEDDED_LORA,
+        batch_size=8,
         epochs=3.0,
-        lr=2e-3,
+        lr=5e-4,
     )
 
 
