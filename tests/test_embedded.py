@@ -73,7 +73,7 @@ def test_two_short_stages_learn_with_both_adapters(
     assert results["perplexity"] < 0.5 * results["perplexity_base"]
 
     assert train.main(["--stage", "downstream", "--steps", "12", "--eval-every", "12"]) == 0
-    assert "runs/clinical" in capsys.readouterr().out
+    assert "runs/clinical" in capsys.readouterr().err
     run = restore(Path("runs/downstream"), torch.device("cpu"))
     batch = TokenBatch.from_arrays([1, 300, 301, 302, 303], [0, 5])
     with torch.inference_mode():
