@@ -45,7 +45,7 @@ from model.checkpoint import (
 )
 from model.ending import CommandParser, RunFailed, exit_code
 from model.files import new_folder
-from model.heads import CausalLM, SequenceClassifier
+from model.heads import CausalLM, Model, SequenceClassifier
 from model.linear import Linear
 
 TOLERANCE = 1e-5  # of the largest logit
@@ -60,8 +60,6 @@ _TEXTS = (
     "Once upon a time there was a little boy who had a cough.",
 )
 _RANDOM_SEQUENCES, _LONGEST = 4, 48  # sequences, tokens in one
-
-Model = CausalLM | SequenceClassifier
 
 
 @dataclass(frozen=True)

@@ -96,11 +96,6 @@ class CausalLM(nn.Module):
         """Logits [rows, V] of chosen hidden rows [rows, D]."""
         return F.linear(hidden, self.head_weight.to(hidden.dtype))
 
-    @staticmethod
-    def denominator(batch: TokenBatch, labels: Tensor) -> float:
-        """The number of scored tokens, known before the forward pass; labels as there."""
-        return float(len(supervised_rows(labels, batch.segments)[0]))
-
 
 class SequenceClassifier(nn.Module):
     """The decoder with a linear head on the last token of each note, which has seen all of it."""
@@ -170,3 +165,6 @@ class SequenceClassifier(nn.Module):
         if labels.is_floating_point() or class_weights is None:
             return float(labels.numel())
         return float(class_weights.double()[labels].sum())
+
+
+Model = CausalLM | SequenceClassifier

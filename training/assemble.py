@@ -34,7 +34,7 @@ from model.checkpoint import (
 from model.config import DecoderConfig, read_config
 from model.decoder import init_weights
 from model.files import check_files, folder_digest, open_safetensors
-from model.heads import CausalLM, SequenceClassifier
+from model.heads import CausalLM, Model, SequenceClassifier
 from training.config import BaseDtype, RunConfig, from_dict
 from training.run_folder import HEAD_FILE, RUN_FILE, read_record
 from training.stages import SYNTHETIC_COHORT
@@ -42,7 +42,6 @@ from training.stages import SYNTHETIC_COHORT
 CLINICAL, DOWNSTREAM = "clinical", "downstream"  # the adapters' names
 _VALIDATION_ORDER = 0  # seed of the choice of validation notes: the same in every run
 
-Model = CausalLM | SequenceClassifier
 Dataset = LanguagePieces | ClassificationNotes
 
 

@@ -15,9 +15,9 @@ import torch
 import yaml
 
 from data.packing import ClassificationNotes, PackedBatch
+from model.heads import Model
 from training.assemble import (
     Dataset,
-    Model,
     Notes,
     base_dtype,
     build_model,

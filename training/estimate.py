@@ -27,11 +27,9 @@ from kernels.reference import CHUNK_ELEMENTS
 from lora.adapter import LoraAdapter
 from model.batch import Segments
 from model.decoder import Block
-from model.heads import CausalLM, SequenceClassifier
+from model.heads import CausalLM, Model
 from model.linear import Linear
 from training.objective import Objective
-
-Model = CausalLM | SequenceClassifier
 
 _PROBE_SECONDS = 0.5  # a timing shorter than this is made longer, if there are tokens for it
 _PROBE_REPEATS = 3

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from lora.attach import adapter_names
-from training.assemble import Model, Notes, check_same_base, count_parameters, fingerprints
+from model.heads import Model
+from training.assemble import Notes, check_same_base, count_parameters, fingerprints
 from training.config import RunConfig, to_dict
 from training.parallel import Ranks
 from training.run_folder import FORMAT

@@ -28,11 +28,10 @@ from lora.peft_format import save_adapter
 from model.checkpoint import copy_tokenizer, save_model
 from model.ending import RunFailed
 from model.files import describe_files, write_safetensors, write_sealed_json
-from model.heads import CausalLM, SequenceClassifier
+from model.heads import CausalLM, Model, SequenceClassifier
 from training.assemble import (
     CLINICAL,
     Dataset,
-    Model,
     Notes,
     base_dtype,
     build_model,

@@ -22,12 +22,12 @@ from lora.config import LoraConfig
 from model.checkpoint import save_model
 from model.config import DecoderConfig
 from model.decoder import init_weights
-from model.heads import CausalLM, SequenceClassifier
+from model.heads import CausalLM, Model, SequenceClassifier
 from tests.conftest import ROOT
 from tests.data.conftest import train_sentencepiece
 from tests.evaluation.conftest import write_notes
 from training.config import LoraSettings, RunConfig, to_dict
-from training.estimate import Model, TimeLeft, flops, saved_bytes
+from training.estimate import TimeLeft, flops, saved_bytes
 from training.objective import Classification, LanguageModelling
 from training.stages import clinical, downstream
 
