@@ -273,8 +273,8 @@ def init_adapter_folder(folder: Path) -> Path:
 
 def _check_run_adapter(adapter: Path) -> None:
     """Refuse an adapter in a run's folder whose files are not those that the run wrote."""
-    run = adapter.parent.parent
-    if adapter.parent.name != "adapter" or not (run / RUN_FILE).is_file():
+    run = _run_of(adapter)
+    if run is None:
         return  # a PEFT folder that nobody has vouched for
     record = read_record(run)
     if not record["finished"]:
@@ -282,6 +282,12 @@ def _check_run_adapter(adapter: Path) -> None:
     of_adapter = f"adapter/{adapter.name}/"
     files = {name: file for name, file in record["files"].items() if name.startswith(of_adapter)}
     check_files(run, files)
+
+
+def _run_of(adapter: Path) -> Path | None:
+    """The run in whose folder an adapter lies; None for any other PEFT folder."""
+    run = adapter.parent.parent
+    return run if adapter.parent.name == "adapter" and (run / RUN_FILE).is_file() else None
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -310,10 +316,12 @@ def fingerprints(config: RunConfig, notes: Notes) -> dict[str, str | None]:
 
 def check_same_base(config: RunConfig, found: str | None) -> None:
     """Refuse an init adapter that another run trained on another base."""
-    run_file = Path(config.init_adapter or ".") / RUN_FILE
-    if config.init_adapter is None or not run_file.is_file():
+    if config.init_adapter is None:
         return
-    trained_on = read_record(run_file.parent)["fingerprints"]["base"]
+    run = _run_of(init_adapter_folder(Path(config.init_adapter)))
+    if run is None:
+        return
+    trained_on = read_record(run)["fingerprints"]["base"]
     if trained_on != found:
         raise ValueError(
             f"--init-adapter {config.init_adapter} was trained on another base than "

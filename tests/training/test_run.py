@@ -320,12 +320,13 @@ def test_other_notes_or_another_base_are_not_resumed(
     (base / "config.json").write_text(json.dumps(settings | {"rms_norm_eps": 1e-6}))
     with pytest.raises(ValueError, match="the content of the base is not what it was"):
         run(moved, resume=True)
-    with pytest.raises(ValueError, match="was trained on another base"):
-        run(
-            make_config(
-                "downstream", model=str(base), init_adapter=config.out, out=tmp_path / "next"
+    for given in (config.out, f"{config.out}/adapter/clinical"):
+        with pytest.raises(ValueError, match="was trained on another base"):
+            run(
+                make_config(
+                    "downstream", model=str(base), init_adapter=given, out=tmp_path / "next"
+                )
             )
-        )
 
 
 def test_what_cannot_be_an_init_adapter_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
