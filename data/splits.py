@@ -129,7 +129,8 @@ def _contained(digests: np.ndarray, sorted_digests: np.ndarray) -> np.ndarray:
 def _listed_use(cache: TokenCache, folder: Path) -> np.ndarray:
     """What each note is for by its patient's list: uint8 [N]."""
     assert cache.patient_digests is not None
-    patients = {part: _read_list(folder, names) for part, names in _LIST_FILES.items()}
+    known = np.unique(np.asarray(cache.patient_digests))
+    patients = {part: _read_list(folder, names, known) for part, names in _LIST_FILES.items()}
     for first, second in ((TRAIN, VALIDATION), (TRAIN, TEST), (VALIDATION, TEST)):
         both = int(_contained(patients[first], patients[second]).sum())
         if both:
@@ -148,8 +149,11 @@ def _listed_use(cache: TokenCache, folder: Path) -> np.ndarray:
     return use
 
 
-def _read_list(folder: Path, names: Iterable[str]) -> np.ndarray:
-    """Digests of the patients of one list, sorted, each once: S16 [n]."""
+def _read_list(folder: Path, names: Iterable[str], known: np.ndarray) -> np.ndarray:
+    """Digests of the patients of one list, sorted, each once: S16 [n].
+
+    `known` are the digests of the notes' patients, sorted: a first line among them is no header.
+    """
     found = [folder / name for name in names if (folder / name).is_file()]
     if len(found) != 1:
         raise ValueError(
@@ -169,6 +173,6 @@ def _read_list(folder: Path, names: Iterable[str]) -> np.ndarray:
             f"{path}: one column of patient identifiers under a header is expected; found "
             f"{'an empty file' if not rows else 'rows with more columns'}"
         )
-    if rows[0][0].isdecimal():
-        raise ValueError(f"{path}: the first line is a number, not a header; add a header line")
+    if rows[0][0].isdecimal() or _contained(np.array([digest(rows[0][0])], "S16"), known).any():
+        raise ValueError(f"{path}: the first line is a patient, not a header; add a header line")
     return np.unique(np.array([digest(row[0]) for row in rows[1:]], "S16"))

@@ -101,6 +101,7 @@ BAD_LISTS = {
     "an empty file": ({"test": ""}, "an empty file"),
     "two columns": ({"test": "id,x\n3,4\n"}, "rows with more columns"),
     "no header": ({"test": "70031\n3\n"}, "not a header"),
+    "no header over words": ({"test": "P-70031\n3\n"}, "not a header"),
     "an open quote": ({"test": 'id\n"3\n'}, "not CSV in UTF-8"),
     "a patient in two lists": ({"test": "id\n1\n3\n"}, "1 patients are both in train.csv and"),
     "held-out lists overlap": ({"test": "id\n2\n3\n"}, "1 patients are both in validation.csv and"),
@@ -116,7 +117,7 @@ def test_bad_lists_are_refused(make_cache, tmp_path: Path, change: dict, says: s
     lists = {name: content for name, content in (GOOD | change).items() if content is not None}
     folder = tmp_path / "lists"
     folder.mkdir()
-    cache = make_cache([Note("note", "1"), Note("other", "2"), Note("third", "70031")])
+    cache = make_cache([Note("note", "1"), Note("other", "2"), Note("third", "P-70031")])
     with pytest.raises(ValueError, match=says) as caught:
         split_notes(cache, lists=write_lists(folder, **lists))
     assert "70031" not in str(caught.value)
