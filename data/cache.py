@@ -30,8 +30,8 @@ from data.notes import Note, NoteSource
 from data.tokenizer import Tokenizer, token_dtype
 from data.worker import EncodedTexts, Worker, encode_texts
 
-FORMAT = 2
-DIGEST_BLOCK = 1 << 22  # bytes that one thread hashes at once
+FORMAT = 3
+DIGEST_BLOCK = 1 << 18  # bytes that one thread hashes at once
 BLOCK_CHARACTERS = 1 << 19
 BLOCK_NOTES = 1 << 12
 BLOCKS_BEFORE_WORKERS = 4  # a smaller source is done before the processes would have started
