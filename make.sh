@@ -55,15 +55,12 @@ need_lock() {
     fi
 }
 
-# wheels KIND DIR: pip checks each file against the lock's hashes. Torch's CPU build has an index of its own.
+# wheels KIND DIR: pip checks each file against the lock's hashes. Torch's CPU build has an index of its own, which
+# pip has to know (docs/offline.md).
 wheels() {
     local pip=("$(find_python)" -m pip --disable-pip-version-check download --quiet --require-hashes --no-deps
         --only-binary :all: --dest "$2")
-    if [[ $1 == cpu ]]; then
-        "${pip[@]}" --extra-index-url https://download.pytorch.org/whl/cpu --requirement <(torch_of "$1")
-    else
-        "${pip[@]}" --requirement <(torch_of "$1")
-    fi
+    "${pip[@]}" --requirement <(torch_of "$1")
     "${pip[@]}" --requirement <(others_of "$1")
     echo "$2 holds what locks/$1.txt names: $(find "$2" -name '*.whl' | wc -l) wheels"
 }
@@ -102,7 +99,7 @@ lock() {
         echo "torch==2.13.0+cpu" >"$aside/override.txt"
         grep -E '^[a-z]' locks/cuda.txt | grep -v '^torch==' | tr -d ' \\' >"$aside/constraint.txt"
         torch=(--override "$aside/override.txt" --constraint "$aside/constraint.txt" --find-links "$2")
-        about="Torch is the CPU build of download.pytorch.org, for the Pythons whose wheels were at hand."
+        about="Torch is PyTorch's CPU build, for the Pythons whose wheels were at hand."
     fi
     {
         echo "# Every package of a run on Linux x86_64, CPython 3.11 and 3.12, with the hashes of its files."
@@ -110,7 +107,7 @@ lock() {
         echo "# Made by \`bash make.sh lock $1\`; see docs/offline.md."
         env -u UV_INDEX -u UV_EXTRA_INDEX_URL -u UV_FIND_LINKS uv pip compile pyproject.toml "${extras[@]}" \
             --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-config \
-            --no-annotate --no-header --default-index https://pypi.org/simple --quiet "${torch[@]}"
+            --no-annotate --no-header --quiet "${torch[@]}"
     } >"$aside/lock.txt"
     mv "$aside/lock.txt" "locks/$1.txt"
     rm -r "$aside"
