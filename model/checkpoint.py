@@ -336,8 +336,9 @@ def _read(
 
 
 def _by_file(places: Mapping[str, Path | None]) -> dict[Path, list[str]]:
+    """The names each file holds, in the same order every time (a header has its own)."""
     names_of: dict[Path, list[str]] = {}
-    for name, path in places.items():
+    for name, path in sorted(places.items()):
         if path is not None:
             names_of.setdefault(path, []).append(name)
     return names_of
