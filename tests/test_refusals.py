@@ -147,7 +147,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "10^400": ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000"),
     "trillion words": ({"vocab_size": 10**12}, "vocab_size is 1000000000000; allowed"),
     "terabytes of words": ({"vocab_size": 1 << 22, "hidden_size": 1 << 17}, "131072]"),
-    "other shapes": ({"intermediate_size": 64}, "needs [64, 32]"),
+    "other shapes": ({"intermediate_size": 64}, "needs [32, 64]"),
     "more layers": ({"num_hidden_layers": 3}, "lacks tensors"),
     "fewer layers": ({"num_hidden_layers": 1}, "rules out"),
     "one matrix for two": ({"tie_word_embeddings": True}, "differs"),
