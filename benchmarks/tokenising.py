@@ -3,10 +3,11 @@
     python -m benchmarks.tokenising --tokenizer tokenizer.model --megabytes 64
     python -m benchmarks.tokenising --tokenizer tokenizer.model --table notes.csv
 
-A table of clinical notes is drawn (or one with a column `text` is given), then both sides take turns, each in a process of its own:
-ours reads the CSV, encodes on all cores and writes the whole cache, checksums and disk included;
-the peer encodes the same texts, which it already holds in memory, by `encode(list)` on one thread.
-The ratio is the peer's seconds over ours. Rows are appended to benchmarks/results/tokenising.csv.
+A table of clinical notes is drawn (or one with a column `text` is given), then both sides take
+turns, each in a process of its own: ours reads the CSV, encodes on all cores and writes the whole
+cache, checksums and disk included; the peer encodes the same texts, which it already holds in
+memory, by `encode(list)` on one thread. The ratio is the peer's seconds over ours. Rows are
+appended to benchmarks/results/tokenising.csv.
 """
 
 import argparse
