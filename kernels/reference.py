@@ -190,7 +190,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     the two halves a and b of a head. The backward pass is the rotation by the opposite angle.
 
     Args:
-        q: [M, N, H]; k: [M, G, H].
+        q: [M, N, H]; k: [M, G, H]. One of them may have no heads (G = 0).
         cos, sin: [M, H / 2].
     """
     return _Rope.apply(q, k, cos, sin)

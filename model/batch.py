@@ -7,7 +7,7 @@ and attention ends at every segment's edge, so a note's result does not depend o
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -18,28 +18,28 @@ from torch import Tensor
 class Group:
     """Consecutive segments that attention handles together, padded on the right to one length.
 
-    Causal attention never looks right, so right padding needs no mask. `index` [count, length]
-    says which token stands where (a padded place repeats the segment's last token); None when the
-    segments are equally long and a view of the stream will do.
+    Causal attention never looks right, so there right padding needs no mask. `index` [count,
+    length] says which token stands where (a padded place repeats the segment's last token); None
+    when the segments are equally long and a view of the stream will do.
     """
 
     start: int  # the first token
     stop: int  # one past the last token
     count: int  # segments
     length: int  # the longest segment
+    lengths: Tensor  # [count] int64 of each segment
     index: Tensor | None
     inverse: Tensor | None  # [stop - start] where each token stands in the flattened index
 
     def to(self, device: torch.device | str) -> Self:
-        if self.index is None or self.inverse is None:
-            return self
         return type(self)(
             self.start,
             self.stop,
             self.count,
             self.length,
-            self.index.to(device),
-            self.inverse.to(device),
+            self.lengths.to(device),
+            None if self.index is None else self.index.to(device),
+            None if self.inverse is None else self.inverse.to(device),
         )
 
 
@@ -68,9 +68,31 @@ class Segments:
     def lengths(self) -> tuple[int, ...]:
         return tuple(b - a for a, b in itertools.pairwise(self.offsets))
 
+    def group(self, first: int, last: int) -> Group:
+        """Segments `first` to `last` (not itself) as one group, however unlike their lengths."""
+        return _group(self.offsets, self.lengths, first, last).to(self.cu_seqlens.device)
+
+    def ends(self) -> "Chosen":
+        """The last token of each segment."""
+        return Chosen(self.cu_seqlens[1:].long() - 1, self._of_one_token())
+
+    def beginnings(self) -> "Chosen":
+        """The first token of each segment."""
+        return Chosen(self.cu_seqlens[:-1].long(), self._of_one_token())
+
+    def _of_one_token(self) -> Self:
+        return type(self).from_offsets(range(len(self) + 1)).to(self.cu_seqlens.device)
+
     def to(self, device: torch.device | str) -> Self:
         groups = tuple(group.to(device) for group in self.groups)
         return type(self)(self.offsets, self.cu_seqlens.to(device), groups)
+
+
+class Chosen(NamedTuple):
+    """One token of each segment: where they stand, and segments of these tokens alone."""
+
+    rows: Tensor  # [n] int64
+    segments: Segments
 
 
 # A group may pad this share of its tokens: less than a second pass of small operations costs.
@@ -93,17 +115,23 @@ def _groups(offsets: tuple[int, ...]) -> tuple[Group, ...]:
     return tuple(groups)
 
 
-def _group(offsets: tuple[int, ...], lengths: list[int], first: int, last: int) -> Group:
-    members = np.asarray(lengths[first:last])
+def _group(offsets: tuple[int, ...], lengths: Sequence[int], first: int, last: int) -> Group:
+    members = np.asarray(lengths[first:last], np.int64)
     start, stop, length = offsets[first], offsets[last], int(members.max())
     if (members == length).all():
-        return Group(start, stop, last - first, length, None, None)
+        return Group(start, stop, last - first, length, torch.from_numpy(members), None, None)
     begins = np.asarray(offsets[first:last])[:, None]
     index = begins + np.minimum(np.arange(length)[None], members[:, None] - 1)
     is_real = np.arange(length)[None] < members[:, None]
     inverse = np.flatnonzero(is_real)
     return Group(
-        start, stop, last - first, length, torch.from_numpy(index), torch.from_numpy(inverse)
+        start,
+        stop,
+        last - first,
+        length,
+        torch.from_numpy(members),
+        torch.from_numpy(index),
+        torch.from_numpy(inverse),
     )
 
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from model.attention import attend
-from model.batch import TokenBatch
+from model.batch import Chosen, TokenBatch
 from model.cache import KVCache
 from model.config import DecoderConfig, LinearScaling, Llama3Scaling
 from model.linear import Linear, linear_group
@@ -87,7 +87,10 @@ class Attention(nn.Module):
         rope: Rope,
         dropout_keys: Tensor | None,
         cache: KVCache | None,
+        chosen: Chosen | None,
     ) -> Tensor:
+        if chosen is not None:
+            return self._of_chosen(x_MD, batch, rope, dropout_keys, chosen)
         projections = (self.q_proj, self.k_proj, self.v_proj)
         flat = linear_group(projections, x_MD, dropout_keys)
         q_MNH, k_MGH, v_MGH = (x.unflatten(1, (-1, self.head_dim)) for x in flat)
@@ -97,6 +100,26 @@ class Attention(nn.Module):
         else:
             o_MNH = cache.attend(self.layer, q_MNH, k_MGH, v_MGH, batch)
         return self.o_proj(o_MNH.flatten(1), dropout_keys)
+
+    def _of_chosen(
+        self,
+        x_MD: Tensor,
+        batch: TokenBatch,
+        rope: Rope,
+        dropout_keys: Tensor | None,
+        chosen: Chosen,
+    ) -> Tensor:
+        """The rows [n, D] of the segments' last tokens: their queries, and keys of all tokens."""
+        rows = chosen.rows
+        keys_of_rows = None if dropout_keys is None else dropout_keys[rows]
+        flat = linear_group((self.k_proj, self.v_proj), x_MD, dropout_keys)
+        k_MGH, v_MGH = (x.unflatten(1, (-1, self.head_dim)) for x in flat)
+        q_nNH = self.q_proj(x_MD[rows], keys_of_rows).unflatten(1, (-1, self.head_dim))
+        # Queries and keys are of different tokens, so each is rotated beside none of the other.
+        k_MGH = kernels.rope(k_MGH, k_MGH[:, :0], *rope)[0]
+        q_nNH = kernels.rope(q_nNH, q_nNH[:, :0], *(angles[rows] for angles in rope))[0]
+        o_nNH = attend(q_nNH, k_MGH, v_MGH, batch.segments, queries=chosen.segments)
+        return self.o_proj(o_nNH.flatten(1), keys_of_rows)
 
 
 class MLP(nn.Module):
@@ -131,9 +154,15 @@ class Block(nn.Module):
         rope: Rope,
         dropout_keys: Tensor | None,
         cache: KVCache | None,
+        chosen: Chosen | None = None,
     ) -> Tensor:
+        """x_MD: [M, D] -> [M, D], or [n, D] of the chosen tokens alone."""
         normed_MD = self.input_layernorm(x_MD)
-        x_MD = x_MD + self.self_attn(normed_MD, batch, rope, dropout_keys, cache)
+        attended = self.self_attn(normed_MD, batch, rope, dropout_keys, cache, chosen)
+        if chosen is not None:
+            x_MD = x_MD[chosen.rows]
+            dropout_keys = None if dropout_keys is None else dropout_keys[chosen.rows]
+        x_MD = x_MD + attended
         return x_MD + self.mlp(self.post_attention_layernorm(x_MD), dropout_keys)
 
 
@@ -155,8 +184,9 @@ class Decoder(nn.Module):
         checkpoint_blocks: bool = False,
         compute_dtype: torch.dtype | None = None,
         cache: KVCache | None = None,
+        pool: bool = False,
     ) -> Tensor:
-        """Hidden rows [M, D] after the last norm, in `compute_dtype`.
+        """Hidden rows [M, D] after the last norm, in `compute_dtype`; with `pool` [n, D].
 
         Args:
             dropout_seed: switches the adapters' dropout on; one number per optimiser step.
@@ -165,8 +195,10 @@ class Decoder(nn.Module):
             compute_dtype: of all activations; weights are cast to it where they are used. Default:
                 that of the embedding.
             cache: earlier tokens of the same sequences; the batch's tokens are added to it.
+            pool: of each segment the last token's row alone. The last block then computes no other
+                query, output or MLP row: the same numbers for less.
         """
-        assert cache is None or not checkpoint_blocks
+        assert cache is None or not (checkpoint_blocks or pool)
         positions = batch.positions if cache is None else cache.extend(batch)
         x_MD = F.embedding(batch.input_ids, self.embed_tokens.weight)
         if compute_dtype is not None:
@@ -175,7 +207,8 @@ class Decoder(nn.Module):
         dropout_keys = None
         if dropout_seed is not None:
             dropout_keys = kernels.row_keys(dropout_seed, batch.sample_ids, positions)
-        for block in self.layers:
+        for i, block in enumerate(self.layers, start=1):
+            chosen = batch.segments.ends() if pool and i == len(self.layers) else None
             if checkpoint_blocks:
                 # The non-reentrant form: the older one gives adapters no gradient when the
                 # embedding is frozen. No generator is restored, for dropout draws from keys.
@@ -186,11 +219,12 @@ class Decoder(nn.Module):
                     rope,
                     dropout_keys,
                     None,
+                    chosen,
                     use_reentrant=False,
                     preserve_rng_state=False,
                 )
             else:
-                x_MD = block(x_MD, batch, rope, dropout_keys, cache)
+                x_MD = block(x_MD, batch, rope, dropout_keys, cache, chosen)
         return self.norm(x_MD)
 
 

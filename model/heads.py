@@ -149,13 +149,13 @@ class SequenceClassifier(nn.Module):
         compute_dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Logits [n, C] of every note, float32 or wider."""
-        hidden_MD = self.model(
+        last_nD = self.model(
             batch,
             dropout_seed=dropout_seed,
             checkpoint_blocks=checkpoint_blocks,
             compute_dtype=compute_dtype,
+            pool=True,
         )
-        last_nD = hidden_MD[batch.segments.cu_seqlens[1:] - 1]
         wide = torch.promote_types(last_nD.dtype, torch.float32)
         return F.linear(last_nD.to(wide), self.score.weight.to(wide))
 

@@ -105,7 +105,11 @@ def memory(
     # rows (of h, of gate, of up, and one product of theirs), while h itself has just gone.
     passing = tokens * (2 * config.hidden_size + 3 * config.intermediate_size) * width
     if blocks and checkpointing:
-        recomputed = _block_saved(blocks[-1], batch, width, on_gpu, has_gradient=True)
+        # Of a classifier the last block is the smallest.
+        largest = blocks[0]
+        recomputed = _block_saved(
+            largest, batch, width, on_gpu, has_gradient=True, pools=_pools(model, largest)
+        )
         # On a CPU the forward pass of a block, which keeps nothing, leaves holes of that size in
         # the heap, and what is recomputed does not fit into them (measured, not derived).
         passing += recomputed * (1 if on_gpu else 2)
@@ -144,11 +148,15 @@ def saved_bytes(
             saved += stream
             has_gradient = has_gradient or _trains(block)
         else:
-            saved += _block_saved(block, batch, width, on_gpu, has_gradient=has_gradient)
+            pools = _pools(model, block)
+            saved += _block_saved(
+                block, batch, width, on_gpu, has_gradient=has_gradient, pools=pools
+            )
             has_gradient = has_gradient or _trains(block)
     if has_gradient:
+        rows = tokens if isinstance(model, CausalLM) else len(batch.rows)
         saved += tokens * config.head_dim * width  # the angles' cosines and sines
-        saved += stream + tokens * _WIDE  # the last norm
+        saved += rows * (config.hidden_size * width + _WIDE)  # the last norm
     if isinstance(model, CausalLM):
         scored = _scored(batch)
         saved += scored * config.hidden_size * width * has_gradient
@@ -160,23 +168,33 @@ def saved_bytes(
 
 
 def _block_saved(
-    block: nn.Module, batch: PackedBatch, width: int, on_gpu: bool, *, has_gradient: bool
+    block: nn.Module,
+    batch: PackedBatch,
+    width: int,
+    on_gpu: bool,
+    *,
+    has_gradient: bool,
+    pools: bool,
 ) -> int:
-    """Bytes that one block keeps; nothing while neither its input nor it has a gradient."""
+    """Bytes that one block keeps; nothing while neither its input nor it has a gradient.
+
+    pools: all but keys and values is of each segment's last token alone.
+    """
     assert isinstance(block, Block)
     tokens, attention, mlp = len(batch.input_ids), block.self_attn, block.mlp
     queries, keys = attention.q_proj.out_features, attention.k_proj.out_features
     dim, inner = attention.q_proj.in_features, mlp.gate_proj.out_features
     heads = queries // attention.head_dim
+    rows = len(batch.rows) if pools else tokens
     saved = 0
 
-    def keep_norm(norm: nn.Module) -> None:
+    def keep_norm(norm: nn.Module, tokens: int) -> None:
         nonlocal saved, has_gradient
         has_gradient = has_gradient or _trains(norm)
         if has_gradient:
             saved += tokens * (dim * width + _WIDE)  # x and 1 / rms
 
-    def keep_linear(*layers: Linear) -> None:
+    def keep_linear(*layers: Linear, tokens: int) -> None:
         nonlocal saved, has_gradient
         has_gradient = has_gradient or any(_trains(layer) for layer in layers)
         if has_gradient:
@@ -186,21 +204,26 @@ def _block_saved(
                 saved += tokens * adapter.lora_A.shape[0] * width  # S
                 saved += tokens * layers[0].in_features * (adapter.dropout > 0)  # its mask
 
-    keep_norm(block.input_layernorm)
-    keep_linear(attention.q_proj, attention.k_proj, attention.v_proj)
+    keep_norm(block.input_layernorm, tokens)
+    if pools:
+        keep_linear(attention.k_proj, attention.v_proj, tokens=tokens)
+        keep_linear(attention.q_proj, tokens=rows)
+    else:
+        keep_linear(attention.q_proj, attention.k_proj, attention.v_proj, tokens=tokens)
     if has_gradient:
         whole, padded, groups = (tokens, 0, 1) if on_gpu else _padding(batch)
-        saved += (whole + padded) * (queries + 2 * keys) * width  # q, k, v
-        rows = tokens if groups == 1 and not padded else _attended(batch)
-        saved += rows * heads * _WIDE  # log-sum-exp
-        if groups > 1 or padded:
-            saved += rows * queries * width  # the output, before it is put in order
-    keep_linear(attention.o_proj)
-    keep_norm(block.post_attention_layernorm)
-    keep_linear(mlp.gate_proj, mlp.up_proj)
+        saved += (whole + padded) * 2 * keys * width  # k and v
+        saved += (rows if pools else whole + padded) * queries * width  # q
+        attended = rows if pools or (groups == 1 and not padded) else _attended(batch)
+        saved += attended * heads * _WIDE  # log-sum-exp
+        if groups > 1 or (padded and not pools):
+            saved += attended * queries * width  # the output, before it is put in order
+    keep_linear(attention.o_proj, tokens=rows)
+    keep_norm(block.post_attention_layernorm, rows)
+    keep_linear(mlp.gate_proj, mlp.up_proj, tokens=rows)
     if has_gradient:
-        saved += 2 * tokens * inner * width  # gate and up
-    keep_linear(mlp.down_proj)
+        saved += 2 * rows * inner * width  # gate and up
+    keep_linear(mlp.down_proj, tokens=rows)
     return saved
 
 
@@ -208,7 +231,7 @@ def _head_bytes(model: Model, batch: PackedBatch, compute_dtype: torch.dtype) ->
     """What the head and its loss need in passing."""
     width, tokens, dim = compute_dtype.itemsize, len(batch.input_ids), model.config.hidden_size
     if not isinstance(model, CausalLM):
-        return 2 * tokens * dim * width
+        return 2 * len(batch.rows) * dim * width
     head, vocabulary, scored = model.head_weight, model.config.vocab_size, _scored(batch)
     rows = min(max(1, CHUNK_ELEMENTS // vocabulary), scored)
     chunk = rows * vocabulary * (width if width >= _WIDE else 2 * width + _WIDE)
@@ -236,6 +259,11 @@ def _trained_blocks(model: Model) -> list[nn.Module]:
     if _trains(model.model.embed_tokens):
         return list(model.model.layers)
     return list(itertools.dropwhile(lambda block: not _trains(block), model.model.layers))
+
+
+def _pools(model: Model, block: nn.Module) -> bool:
+    """Whether a block computes the rows of each segment's pooled token alone (see `Decoder`)."""
+    return not isinstance(model, CausalLM) and block is model.model.layers[-1]
 
 
 def _scored(batch: PackedBatch) -> int:
@@ -268,7 +296,8 @@ def flops(model: Model, lengths: np.ndarray, *, trains: bool, checkpointing: boo
 
     A product with a weight costs two a weight and token forward, two for its input's gradient, and
     two for its own if it trains. Causal attention over s tokens costs 2 s N H a token forward and
-    5 s N H backward. Recomputing a block adds its forward pass.
+    5 s N H backward. Recomputing a block adds its forward pass. The last block of a classifier
+    has one query, output and MLP row a segment, which sees all s tokens.
 
     Args:
         lengths: [n] tokens of each segment.
@@ -279,18 +308,25 @@ def flops(model: Model, lengths: np.ndarray, *, trains: bool, checkpointing: boo
     has_gradient = model.model.embed_tokens.weight.requires_grad
     for block in model.model.layers:
         assert isinstance(block, Block)
+        attention, pools = block.self_attn, _pools(model, block)
+        readers = (attention.q_proj, attention.k_proj, attention.v_proj)
+        into_readers = has_gradient or _trains(block.input_layernorm)
         has_gradient = has_gradient or _trains(block)
-        queries = block.self_attn.q_proj.out_features
-        frozen = 0.0
+        forward = backward = 0.0
         for layer in (module for module in block.modules() if isinstance(module, Linear)):
-            frozen += layer.weight.numel()
-            if trains and layer.weight.requires_grad:
-                total += 2 * tokens * layer.weight.numel()
+            rows = float(len(lengths)) if pools and layer not in readers[1:] else tokens
+            products = 2 * rows * layer.weight.numel()
+            needs_input = into_readers or layer not in readers
+            forward += products
+            backward += products * (needs_input + layer.weight.requires_grad)
             for parameter in layer.adapters.parameters():
-                products = 2 + parameter.requires_grad if trains else 1
-                total += 2 * tokens * parameter.numel() * products
-        forward = 2 * tokens * frozen + 2 * squares * queries
-        backward = 2 * tokens * frozen + 5 * squares * queries
+                products = 2 * rows * parameter.numel()
+                forward += products
+                backward += products * (1 + parameter.requires_grad)
+        pairs = 2 * tokens if pools else squares  # of causal attention half of them are computed
+        attended = pairs * attention.q_proj.out_features
+        forward += 2 * attended
+        backward += 5 * attended
         total += forward
         if trains and has_gradient:
             total += backward + (forward if checkpointing else 0.0)
@@ -308,14 +344,15 @@ def measured_rate(
     *,
     checkpointing: bool,
 ) -> float:
-    """Operations a second of one block and the head on the device, over tokens of a micro-batch.
+    """Operations a second of a block or two and the head on the device, over a micro-batch.
 
     Args:
-        model: the run's, on the meta device; its first block is built with random weights.
+        model: the run's, on the meta device; its first blocks are built with random weights.
         make_objective: gives a model on the device its objective.
     """
     probe = copy.deepcopy(model)
-    probe.model.layers = probe.model.layers[:1]
+    # The last block of a classifier is not like the others: there it needs one before it.
+    probe.model.layers = probe.model.layers[: 1 if isinstance(model, CausalLM) else 2]
     probe = probe.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():

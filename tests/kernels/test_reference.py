@@ -43,7 +43,7 @@ def test_rms_norm_of_a_zero_row_is_zero() -> None:
     assert torch.isfinite(x.grad).all()
 
 
-@pytest.mark.parametrize("heads", [(1, 1), (4, 2), (6, 3)])
+@pytest.mark.parametrize("heads", [(1, 1), (4, 2), (6, 3), (4, 0)])
 def test_rope_turns_pairs_of_halves(heads: tuple[int, int]) -> None:
     q, k = make(5, heads[0], 8), make(5, heads[1], 8, seed=1)
     angles = torch.arange(5, dtype=torch.float64)[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.01])

@@ -9,17 +9,16 @@ from torch.nn.functional import scaled_dot_product_attention
 from model.attention import attend
 from model.batch import Segments, TokenBatch
 
-
-@pytest.mark.parametrize(
-    "lengths",
-    [
-        [5],
-        [1, 1, 1],
-        [7, 7, 7],  # one group, a view of the stream
-        [15, 16, 16, 3, 31],  # near lengths padded together, others alone
-        [8, 7, 1, 9, 8],
-    ],
+LENGTHS = (
+    [5],
+    [1, 1, 1],
+    [7, 7, 7],  # one group, a view of the stream
+    [15, 16, 16, 3, 31],  # near lengths padded together, others alone
+    [8, 7, 1, 9, 8],
 )
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (3, 1)])
 def test_packed_attention_is_each_segments_own(lengths: list[int], heads: tuple[int, int]) -> None:
     offsets = [0, *torch.tensor(lengths).cumsum(0).tolist()]
@@ -34,6 +33,47 @@ def test_packed_attention_is_each_segments_own(lengths: list[int], heads: tuple[
         out = scaled_dot_product_attention(*one, is_causal=True, enable_gqa=True)
         truth.append(out[0].transpose(0, 1))
     ours = attend(q, k, v, Segments.from_offsets(offsets))
+    torch.testing.assert_close(ours, torch.cat(truth), rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(ours)
+    got = torch.autograd.grad(ours, (q, k, v), upstream)
+    wanted = torch.autograd.grad(torch.cat(truth), (q, k, v), upstream)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("asking", ["all", "last", "some"])
+def test_other_queries_see_what_their_place_allows(
+    lengths: list[int], heads: tuple[int, int], causal: bool, asking: str
+) -> None:
+    """Bidirectional, one query a segment, and fewer queries than keys, each against a mask."""
+    count_of = {"all": lambda n: n, "last": lambda n: 1, "some": lambda n: (n + 1) // 2}[asking]
+    counts = [count_of(length) for length in lengths]
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(tokens: int, heads: int) -> torch.Tensor:
+        out = torch.randn(tokens, heads, 8, generator=generator, dtype=torch.float64)
+        return out.requires_grad_()
+
+    q, k, v = (
+        draw(sum(counts), heads[0]),
+        draw(sum(lengths), heads[1]),
+        draw(sum(lengths), heads[1]),
+    )
+    truth = []
+    parts = (x.split(sizes) for x, sizes in ((q, counts), (k, lengths), (v, lengths)))
+    for one_q, one_k, one_v in zip(*parts, strict=True):
+        ours_k, ours_v = (x.repeat_interleave(heads[0] // heads[1], 1) for x in (one_k, one_v))
+        logits = torch.einsum("tnh,snh->nts", one_q, ours_k) / 8**0.5
+        if causal:
+            after = torch.ones(logits.shape[1:]).triu(len(one_k) - len(one_q) + 1).bool()
+            logits = logits.masked_fill(after, float("-inf"))
+        truth.append(torch.einsum("nts,snh->tnh", logits.softmax(-1), ours_v))
+    keys = Segments.from_offsets([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    queries = Segments.from_offsets([0, *torch.tensor(counts).cumsum(0).tolist()])
+    ours = attend(q, k, v, keys, queries=None if asking == "all" else queries, causal=causal)
     torch.testing.assert_close(ours, torch.cat(truth), rtol=1e-12, atol=1e-12)
     upstream = torch.randn_like(ours)
     got = torch.autograd.grad(ours, (q, k, v), upstream)

@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from lora.attach import adapter_parameters, attach
+from lora.config import LoraConfig
 from model.batch import Segments, TokenBatch
 from model.heads import IGNORE, CausalLM, SequenceClassifier, supervised_rows
 from tests.model.oracle import (
@@ -165,6 +168,48 @@ def test_classifier_packed_equals_one_by_one() -> None:
     assert relative_error(loss.loss_sum, total) < 1e-12
     for name, gradient in gradients(together).items():
         assert relative_error(gradient, gradients(alone)[name]) < 1e-12, name
+
+
+@pytest.mark.parametrize("checkpoint_blocks", [False, True])
+@pytest.mark.parametrize("dropout_seed", [None, 5])
+def test_pooling_early_changes_no_number(checkpoint_blocks: bool, dropout_seed: int | None) -> None:
+    """The last block for the last tokens alone, against all of its rows: logits and gradients."""
+    model = make_classifier(3)
+    settings = LoraConfig(r=3, lora_dropout=0.3, target_modules="all-linear")
+    attach(model, "downstream", settings, seed=0)
+    for parameter in adapter_parameters(model, "downstream"):
+        nn.init.normal_(parameter, std=0.2)
+    model.double()
+    whole = copy.deepcopy(model)
+    _, batch = make_notes()
+    classes = torch.tensor([0, 2, 1, 2])
+    options = {"dropout_seed": dropout_seed, "checkpoint_blocks": checkpoint_blocks}
+    pooled = model.model(batch, pool=True, **options)
+    hidden = whole.model(batch, **options)[batch.segments.cu_seqlens[1:] - 1]
+    assert relative_error(pooled, hidden) < 1e-12
+    for one, rows in ((model, pooled), (whole, hidden)):
+        nn.functional.cross_entropy(one.score(rows), classes).backward()
+    assert gradients(model).keys() == gradients(whole).keys()
+    for name, gradient in gradients(whole).items():
+        assert relative_error(gradients(model)[name], gradient) < 1e-12, name
+
+
+def test_pooling_early_saves_what_it_promises() -> None:
+    """In the last block all products but those of keys and values go, for every row but one."""
+    config = make_config(num_key_value_heads=4, num_hidden_layers=4)
+    model = SequenceClassifier(config, 2)
+    randomise(model, 0)
+    batch = TokenBatch.from_arrays(torch.arange(96) % 97, [0, 96])
+    counts = []
+    for pool in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            model.model(batch, pool=pool)
+        counts.append(counter.get_total_flops())
+    block = 96 * 2 * (4 * 32 * 32 + 3 * 32 * 56)
+    saved = block - 96 * 2 * (2 * 32 * 32) - 2 * (2 * 32 * 32 + 3 * 32 * 56)
+    # Attention is not counted on a CPU.
+    assert counts[0] == 4 * block
+    assert counts[0] - counts[1] == saved
 
 
 def test_bfloat16_classifier_scores_in_float32() -> None:
