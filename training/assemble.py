@@ -5,6 +5,7 @@ out and with exactly the weights that it wrote. Invariant: before the adapters a
 weight of the base is frozen, and what then trains is named, not inferred.
 """
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,11 +36,12 @@ from model.config import DecoderConfig, read_config
 from model.decoder import init_weights
 from model.files import check_files, folder_digest, open_safetensors
 from model.heads import CausalLM, Model, SequenceClassifier
-from training.config import BaseDtype, RunConfig, from_dict
+from training.config import AUTO, BaseDtype, RunConfig, from_dict
 from training.run_folder import HEAD_FILE, RUN_FILE, read_record
 from training.stages import SYNTHETIC_COHORT
 
 CLINICAL, DOWNSTREAM = "clinical", "downstream"  # the adapters' names
+LORA_TARGETS = ("q_proj", "v_proj")
 _VALIDATION_ORDER = 0  # seed of the choice of validation notes: the same in every run
 
 Dataset = LanguagePieces | ClassificationNotes
@@ -176,6 +178,12 @@ def validation_rows(config: RunConfig, notes: Notes) -> np.ndarray:
 # Model --------------------------------------------------------------------------------------------
 
 
+def resolve(config: RunConfig, device: torch.device) -> RunConfig:
+    """The config with the settings that follow from base and device, as run.json records them."""
+    lora = dataclasses.replace(config.lora, target_modules=_lora_targets(config))
+    return dataclasses.replace(config, base_dtype=base_dtype(config, device), lora=lora)
+
+
 def base_dtype(config: RunConfig, device: torch.device) -> BaseDtype:
     """How the base is held: as asked, else bfloat16 when frozen on a GPU that has it."""
     if config.base_dtype is not None:
@@ -244,7 +252,7 @@ def build_model(config: RunConfig, notes: Notes, device: torch.device) -> Model:
 
 def lora_config(config: RunConfig) -> LoraConfig:
     """The new adapter's settings in the words of PEFT."""
-    targets = config.lora.target_modules
+    targets = _lora_targets(config)
     return LoraConfig(
         r=config.lora.r,
         lora_alpha=config.lora.alpha,
@@ -252,6 +260,12 @@ def lora_config(config: RunConfig) -> LoraConfig:
         target_modules=ALL_LINEAR if targets == (ALL_LINEAR,) else targets,
         use_rslora=config.lora.rslora,
     )
+
+
+def _lora_targets(config: RunConfig) -> tuple[str, ...]:
+    """The layers that --lora.target-modules names, or those of the base's family."""
+    named = config.lora.target_modules
+    return LORA_TARGETS if named == (AUTO,) else named
 
 
 def init_adapter_folder(folder: Path) -> Path:

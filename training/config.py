@@ -16,6 +16,7 @@ Task = Literal["mor", "label"]
 Adapter = Literal["lora", "none", "full"]
 BaseDtype = Literal["float32", "bfloat16"]
 Schedule = Literal["constant", "linear", "cosine"]
+AUTO = "auto"  # LoRA's target modules: those that the base's family is adapted at
 
 
 def _check(flag: str, value: float | None, allowed: str, holds: bool) -> None:
@@ -34,8 +35,9 @@ class LoraSettings:
     """The update is scaled by alpha / r."""
     dropout: float = 0.0
     """Share of an adapter's inputs set to zero while training."""
-    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
-    """Names of the linear layers that are adapted, or all-linear."""
+    target_modules: tuple[str, ...] = (AUTO,)
+    """Names of the linear layers that are adapted, or all-linear, or auto: q_proj and v_proj of a
+    LLaMA, query and value of a BERT."""
     rslora: bool = False
     """Scale by alpha / sqrt(r) instead."""
 
@@ -49,6 +51,8 @@ class LoraSettings:
                 "--lora.target-modules must name at least one layer, got none; "
                 "for example: q_proj v_proj, or all-linear"
             )
+        if AUTO in self.target_modules and len(self.target_modules) > 1:
+            raise ValueError(f"--lora.target-modules {AUTO} stands alone, beside no layer's name")
         if len(set(self.target_modules)) != len(self.target_modules):
             raise ValueError(
                 "--lora.target-modules must name each layer once, got "
@@ -157,6 +161,9 @@ class RunConfig:
 
     eval_every: int | None = None
     """Steps between two validations. Default: five in a run. The last step always validates."""
+    patience: int | None = None
+    """Stop after this many validations without a better one (AUROC where there is one, else loss).
+    Default: take all steps."""
     eval_tokens: int = 200_000
     """Tokens of the validation notes that are scored (always the same ones)."""
     checkpoint_every: int | None = None
@@ -186,6 +193,7 @@ class RunConfig:
             ("--micro-tokens", self.micro_tokens),
             ("--steps", self.steps),
             ("--eval-every", self.eval_every),
+            ("--patience", self.patience),
             ("--eval-tokens", self.eval_tokens),
             ("--checkpoint-every", self.checkpoint_every),
             ("--keep-checkpoints", self.keep_checkpoints),

@@ -19,13 +19,13 @@ from model.heads import Model
 from training.assemble import (
     Dataset,
     Notes,
-    base_dtype,
     build_model,
     cache_folder,
     check_same_base,
     count_parameters,
     fingerprints,
     make_dataset,
+    resolve,
     validation_rows,
 )
 from training.command_line import used_settings
@@ -77,7 +77,7 @@ def dry_run(config: RunConfig, *, resume: bool = False, overwrite: bool = False)
 
 def make_plan(config: RunConfig, ranks: Ranks) -> Plan:
     """Everything that a run decides before its first step, and what its steps will need."""
-    config = dataclasses.replace(config, base_dtype=base_dtype(config, ranks.device))
+    config = resolve(config, ranks.device)
     notes = load_notes_in_turn(config, ranks)
     train_set = make_dataset(config, notes, notes.splits.train)
     loader = make_loader(config, train_set, ranks)
@@ -176,7 +176,8 @@ def describe(plan: Plan, ranks: Ranks) -> str:
         f"epoch:  {plan.tokens_per_epoch:,} tokens in {len(plan.train_set):,} segments, "
         f"{plan.steps_per_epoch:,} steps",
         f"run:    {plan.total_steps:,} steps, "
-        f"{plan.total_steps / plan.steps_per_epoch:.2f} epochs; {work.validations} validations",
+        f"{plan.total_steps / plan.steps_per_epoch:.2f} epochs; {work.validations} validations"
+        + ("" if config.patience is None else f", fewer if {config.patience} are not better"),
         f"memory: {_bytes(need.total)} at the peak{each}; {_available(device)}",
         f"        program {_bytes(need.program)}, weights {_bytes(need.weights)}, optimiser "
         f"{_bytes(need.optimiser)}, activations {_bytes(need.activations)}, working "

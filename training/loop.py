@@ -105,7 +105,7 @@ class Loop:
     def run(self, progress: Progress, is_asked_to_stop: Callable[[], bool]) -> None:
         """Take all remaining steps. Raises Stopped, or RunFailed for a loss that is not finite."""
         position, config = self.position, self._config
-        while position.step < self.total_steps:
+        while position.step < self.total_steps and not self.is_out_of_patience:
             began = time.perf_counter()
             rate = learning_rate(
                 position.step,
@@ -156,6 +156,7 @@ class Loop:
                 is_new_best = is_better(metrics, position.best)
                 if is_new_best:
                     position.best = {"step": position.step, "metrics": metrics}
+                is_last = is_last or self.is_out_of_patience
             is_due = is_last or position.step % self._checkpoint_every == 0
             if is_due or is_new_best or result.is_asked_to_stop:
                 self._save(progress)
@@ -167,12 +168,23 @@ class Loop:
         if self._ranks.is_first:
             self._prune()  # what a kill between the last save and its pruning has left
 
+    @property
+    def is_out_of_patience(self) -> bool:
+        """Whether --patience validations have passed without a better one.
+
+        The best validation's step and the last tell it, so a resumed run stops at the same step.
+        """
+        best, patience = self.position.best, self._config.patience
+        if patience is None or best is None:
+            return False
+        return self.position.step // self._eval_every - best["step"] // self._eval_every >= patience
+
     def load_kept(self) -> int:
         """Put the weights that the run keeps into the model; returns the step they are of."""
         self._ranks.wait()  # until the first rank has written its last checkpoint
-        best = self.position.best
-        if self._config.keep == "last" or best is None or best["step"] == self.total_steps:
-            return self.total_steps
+        best, last = self.position.best, self.position.step
+        if self._config.keep == "last" or best is None or best["step"] == last:
+            return last
         self._load_parameters(load_weights(step_folder(self._checkpoints, best["step"])))
         return int(best["step"])
 

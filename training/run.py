@@ -8,7 +8,6 @@ the config, in the fingerprinted inputs or in the checkpoint, never in the proce
 """
 
 import contextlib
-import dataclasses
 import math
 import shutil
 import signal
@@ -33,10 +32,10 @@ from training.assemble import (
     CLINICAL,
     Dataset,
     Notes,
-    base_dtype,
     build_model,
     load_notes,
     make_dataset,
+    resolve,
     validation_rows,
 )
 from training.checkpoint import sweep
@@ -93,7 +92,7 @@ def _run(
     out = Path(config.out)
     if ranks.is_first:
         check_out(out, resume=resume, overwrite=overwrite)
-    config = dataclasses.replace(config, base_dtype=base_dtype(config, ranks.device))
+    config = resolve(config, ranks.device)
     torch.manual_seed(config.seed)  # no step draws from it, but whatever might is repeatable
 
     notes = load_notes_in_turn(config, ranks)
@@ -144,11 +143,21 @@ def _run(
             if ranks.is_first:
                 _write_model(config, model, notes, out)
                 best = loop.position.best
-                kept = {"step": kept_step, "best": best, "tokens": loop.position.tokens}
+                kept = {
+                    "step": kept_step,
+                    "last_step": loop.position.step,
+                    "best": best,
+                    "tokens": loop.position.tokens,
+                }
                 files = describe_files(out, weight_files(out))
                 ending = {"kept": kept, "files": files, "finished": True}
                 write_sealed_json(out / RUN_FILE, {**record, **ending})
-                progress.say(_farewell(out, kept_step, total_steps, best))
+                if loop.is_out_of_patience:
+                    progress.say(
+                        f"stopped after step {loop.position.step} of {total_steps}: "
+                        f"{config.patience} validations in a row were not better (--patience)"
+                    )
+                progress.say(_farewell(out, kept_step, loop.position.step, best))
     return out
 
 
@@ -284,6 +293,8 @@ def _validation(
     """The run's validation, ready to be called; None where no note validates."""
     rows = validation_rows(config, notes)
     if len(rows) == 0:
+        if config.patience is not None:
+            raise ValueError("--patience counts validations, but no note validates; leave it out")
         return None
     dataset = make_dataset(config, notes, rows)
     if isinstance(objective, LanguageModelling):
@@ -354,7 +365,7 @@ def _introduce(
     progress.say(f"note length in tokens: {quantiles}; --max-length {config.max_length}: {cut}")
 
 
-def _farewell(out: Path, kept_step: int, total_steps: int, best: Mapping[str, Any] | None) -> str:
+def _farewell(out: Path, kept_step: int, last_step: int, best: Mapping[str, Any] | None) -> str:
     if best is None:
         why = "there was no validation"
     elif kept_step == best["step"]:
@@ -362,7 +373,7 @@ def _farewell(out: Path, kept_step: int, total_steps: int, best: Mapping[str, An
         why = f"the best validation {metric}: {best['metrics'][metric]:.4f}"
     else:
         why = "as --keep last asks"
-    which = "the last step" if kept_step == total_steps else f"of {total_steps} steps"
+    which = "the last step" if kept_step == last_step else f"of {last_step} steps"
     return f"done: {out} holds the weights of step {kept_step}, {which} ({why})"
 
 

@@ -34,7 +34,8 @@ def test_the_plan_is_what_the_run_does(
     # The output is a config file that gives the same run.
     path = tmp_path / "plan.yaml"
     path.write_text(plan)
-    resolved = replace(config, base_dtype="float32")
+    lora = replace(config.lora, target_modules=("q_proj", "v_proj"))
+    resolved = replace(config, base_dtype="float32", lora=lora)
     assert read_command(["--config", str(path)]).config == resolved
     assert yaml.safe_load(plan) == used_settings(resolved)
 

@@ -92,6 +92,41 @@ def test_a_resumed_run_ends_in_the_same_bytes(
     assert {k: records[0][k] for k in kept} == {k: records[1][k] for k in kept}
 
 
+def test_patience_ends_a_run_and_a_resumed_one_at_the_same_step(
+    make_config: MakeConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The AUROC falls after the second validation: two more and the run is over, at step 8."""
+    aurocs = [0.5, 0.7, 0.6, 0.69, 0.9, 0.9]
+
+    def score_from(validation: int) -> Callable[..., dict[str, float]]:
+        left = iter(aurocs[validation:])
+        return lambda *_: {"auroc": next(left)}
+
+    config = make_config("downstream", steps=12, patience=2)
+    whole = run(replace(config, out=str(tmp_path / "whole")), score=score_from(0))
+    assert "stopped after step 8 of 12" in capfd.readouterr().err
+    kept = read_json(whole / "run.json")["kept"]
+    assert (kept["step"], kept["last_step"], kept["best"]["metrics"]["auroc"]) == (4, 8, 0.7)
+    assert read_json(whole / "run.json")["config"]["patience"] == 2
+    broken = replace(config, out=str(tmp_path / "broken"))
+    with monkeypatch.context() as patch, pytest.raises(Dies):
+        die_at(7, patch)
+        run(broken, score=score_from(0))
+    # Of step 6: one validation has not been better. The rest of the run sees one more.
+    out = run(broken, score=score_from(3), resume=True)
+    assert metrics_of(out) == metrics_of(whole)
+    assert weights_and_states(out) == weights_and_states(whole)
+    # Killed when all steps were taken and nothing else was written: no further step.
+    run(broken, score=score_from(0), resume=True)
+    assert weights_and_states(out) == weights_and_states(whole)
+    assert read_json(out / "run.json")["kept"] == kept
+    patient = run(replace(config, patience=3, out=str(tmp_path / "more")), score=score_from(0))
+    assert read_json(patient / "run.json")["kept"]["last_step"] == 12
+
+
 def test_a_damaged_newest_checkpoint_is_passed_over_aloud(
     make_config: MakeConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
