@@ -1,7 +1,8 @@
 """The contract of every operation, in plain torch with the backward passes written out.
 
 Letters: M rows (the tokens of a micro-batch, flattened), D width, K input width, N output width or
-query heads, G key-value heads, H head width, F feed-forward width, V vocabulary, R rank.
+query heads, G key-value heads, H head width, F feed-forward width, V vocabulary, R rank, E experts,
+J experts of one token.
 
 The invariant: a result is a function of its arguments alone. Randomness comes in as integer keys
 (`row_keys`), so the same token of the same sample is dropped in the same places after a resume, on
@@ -389,6 +390,127 @@ def lora_linear(
             tensors += (adapter.A, adapter.B)
             start = columns.stop
     return _LoraLinear.apply(len(layers), tuple(updates), x, dropout_keys, *tensors)
+
+
+# --- experts ------------------------------------------------------------------------------------
+
+
+class Routing(NamedTuple):
+    """Which of J experts each token goes to, as rows sorted by expert (J of E a token).
+
+    A sorted row is one copy of one token. All of it lives on the device: nothing here, and no
+    operation that takes it, needs a number on the host, except the reference's own loop.
+    """
+
+    order: Tensor  # [M J] int64: sorted row i is copy order[i] % J of token order[i] // J
+    places: Tensor  # [M, J] int64: the sorted row of each copy, the inverse of `order`
+    offsets: Tensor  # [E + 1] int64: expert e has sorted rows offsets[e] to offsets[e + 1]
+
+
+def route(logits: Tensor, top_k: int) -> tuple[Tensor, Routing]:
+    """Softmax over all experts, the `top_k` largest, scaled to sum to 1 (arXiv 2401.04088).
+
+    In float32 or wider whatever the logits are, as in transformers. Among equal experts the choice
+    is that of torch.topk. Copies keep the tokens' order inside an expert.
+
+    Args:
+        logits: [M, E].
+
+    Returns:
+        weights [M, J], float32 or wider, differentiable; and where the copies go.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    weights, experts = logits.softmax(-1, dtype=wide).topk(top_k, dim=-1)
+    weights = weights / weights.sum(-1, keepdim=True)
+    of_copy = experts.flatten()
+    order = of_copy.argsort(stable=True)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=order.device)
+    bounds = torch.arange(logits.shape[1] + 1, device=order.device)
+    offsets = torch.searchsorted(of_copy[order], bounds)
+    return weights, Routing(order, places.view_as(experts), offsets)
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return x[order // places.shape[1]]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        # Gathered, not scattered: a sum of J terms in one order, without atomics on a GPU.
+        return dy[places].sum(1), None, None
+
+
+def dispatch(x: Tensor, routing: Routing) -> Tensor:
+    """Copies of the tokens' rows, sorted by expert: [M, D] -> [M J, D]."""
+    return _Dispatch.apply(x, routing.order, routing.places)
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weights: Tensor, order: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(y, weights, order, places)
+        copies_MJD = y[places].to(weights.dtype)
+        return torch.bmm(weights[:, None], copies_MJD)[:, 0].to(y.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        y, weights, order, places = ctx.saved_tensors
+        dout = dout.to(weights.dtype)
+        dy = dweights = None
+        if ctx.needs_input_grad[0]:
+            dy = dout[order // places.shape[1]].mul_(weights.flatten()[order, None]).to(y.dtype)
+        if ctx.needs_input_grad[1]:
+            dweights = torch.bmm(y[places].to(weights.dtype), dout[..., None])[..., 0]
+        return dy, dweights, None, None
+
+
+def combine(y: Tensor, weights: Tensor, routing: Routing) -> Tensor:
+    """out[m] = sum over j of weights[m, j] * y[places[m, j]], rounded once to y's dtype.
+
+    Args:
+        y: [M J, D], the experts' outputs for the rows that `dispatch` gave them.
+        weights: [M, J], float32 or wider, in which products and sums are made.
+    """
+    return _Combine.apply(y, weights, routing.order, routing.places)
+
+
+def grouped_lora_linear(
+    x: Tensor,
+    experts: Sequence[Sequence[LinearOperands]],
+    offsets: Tensor,
+    dropout_keys: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """`lora_linear` of each expert on its own rows: `lora_linear(x[e], experts[e], keys[e])`.
+
+    Rows are sorted by expert. An expert may have none; its trained tensors then get gradients of
+    zeros, as every expert of one stacked tensor would. Nothing but the rows' values depends on
+    `offsets`, so an implementation for a GPU leaves them on the device: the grid covers all rows,
+    and a block finds its expert from `offsets`.
+
+    Args:
+        x: [M, K].
+        experts: of each of the E experts, its layers that read x (w1 and w3; w2), as `lora_linear`
+            takes them. Layer i has one shape [N, K] and one number format in all experts; each
+            expert has weight and adapters of its own, under sites of their own. Attaching by name
+            may give single experts other ranks or no adapter; an implementation may leave that
+            to this one.
+        offsets: [E + 1] int64, from 0 to M: expert e has rows offsets[e] to offsets[e + 1].
+        dropout_keys: [M] int32, the key of the token that each row is a copy of.
+
+    Returns:
+        One [M, N] tensor per layer, in x's dtype, rows in x's order.
+    """
+    bounds = offsets.tolist()
+    parts: list[tuple[Tensor, ...]] = []
+    for layers, start, stop in zip(experts, bounds[:-1], bounds[1:], strict=True):
+        if start < stop or torch.is_grad_enabled():
+            keys = None if dropout_keys is None else dropout_keys[start:stop]
+            parts.append(lora_linear(x[start:stop], layers, keys))
+    return tuple(torch.cat(outputs) for outputs in zip(*parts, strict=True))
 
 
 # --- the head and its loss ----------------------------------------------------------------------
