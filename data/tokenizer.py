@@ -22,6 +22,7 @@ import numpy as np
 import sentencepiece
 
 SPACE = "\u2581"  # sentencepiece's escaped space
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")  # the first that is there is read
 WORDS_KEPT = 1 << 18  # words in the table before it starts again
 TOKENIZER_LIMIT = 1 << 28  # bytes of a tokenizer file; the largest published have 40 MB
 WORD_CHARACTERS = 64  # longer words are encoded each time they come
@@ -117,7 +118,7 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def _tokenizer_file(path: Path) -> Path:
     if path.is_file():
         return path
-    for name in ("tokenizer.model", "tokenizer.json"):
+    for name in TOKENIZER_FILES:
         if (path / name).is_file():
             return path / name
     raise ValueError(

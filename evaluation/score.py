@@ -26,7 +26,7 @@ from evaluation.metrics import auroc, classification_metrics, probabilities
 from evaluation.perplexity import language_metrics
 from evaluation.predictions import write_predictions
 from model.files import write_json
-from model.heads import CausalLM, SequenceClassifier
+from model.heads import CausalLM, Classifier
 from training.assemble import (
     FinishedRun,
     Notes,
@@ -164,7 +164,7 @@ def _score_language(
 def _score_classifier(
     config: ScoreConfig, finished: FinishedRun, device: torch.device, micro_tokens: int
 ) -> dict[str, Any]:
-    assert isinstance(finished.model, SequenceClassifier)
+    assert isinstance(finished.model, Classifier)
     source, notes = _open(config, finished)
     split, rows = _rows(config, notes)
     if len(rows) == 0:

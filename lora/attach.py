@@ -18,7 +18,7 @@ from model.linear import Linear
 
 # Heads are trained whole or not at all and are no `model.linear.Linear`; a target that selects one
 # would otherwise be passed over in silence.
-HEADS = ("lm_head", "score")
+HEADS = ("lm_head", "score", "classifier")
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 

@@ -25,7 +25,7 @@ from lora.parts import Parts, parts_of_run
 from lora.peft_format import StoredAdapter, read_adapter, shortest_targets, write_adapter
 from model.ending import CommandParser, exit_code
 from model.files import new_folder
-from model.heads import CausalLM, SequenceClassifier
+from model.heads import Model
 
 
 def export(parts: Parts, out: Path) -> LoraConfig:
@@ -37,8 +37,7 @@ def export(parts: Parts, out: Path) -> LoraConfig:
     with new_folder(out) as folder:
         model = parts.empty_model()
         stacked = stack([read_adapter(model, adapter) for adapter in parts.adapters], model)
-        if parts.score is not None:
-            stacked.head["score.weight"] = parts.score
+        stacked.head.update(parts.head)
         write_adapter(
             stacked,
             folder,
@@ -50,7 +49,7 @@ def export(parts: Parts, out: Path) -> LoraConfig:
     return stacked.config
 
 
-def stack(adapters: Sequence[StoredAdapter], model: CausalLM | SequenceClassifier) -> StoredAdapter:
+def stack(adapters: Sequence[StoredAdapter], model: Model) -> StoredAdapter:
     """One adapter without head whose updates are the sums of the others'."""
     downs: dict[str, list[Tensor]] = {}
     ups: dict[str, list[Tensor]] = {}
@@ -106,12 +105,12 @@ def main(arguments: Sequence[str]) -> int:
         parts = parts_of_run(flags.run)
         config = export(parts, flags.out)
         ranks = sorted({config.r, *config.rank_pattern.values()})
-        head = "" if parts.score is None else f", head of {len(parts.score)} classes"
+        head = f", head of {parts.num_labels} classes" if parts.head else ""
         print(f"{' + '.join(parts.names)}: rank {', '.join(map(str, ranks))}, scaling 1{head}")
-        if parts.score is not None:
+        if parts.head:
             print(
                 f"classes in order: {', '.join(parts.label_names)}; load the base with "
-                f"num_labels={len(parts.score)}"
+                f"num_labels={parts.num_labels}"
             )
         print(f"done: {flags.out}")
 

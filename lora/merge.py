@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.tokenizer import load_tokenizer
+from data.tokenizer import TOKENIZER_FILES, load_tokenizer
 from lora.attach import without_adapters
 from lora.parts import MERGED, Parts, check_base, parts_of_folders, parts_of_run
 from lora.peft_format import load_adapter
@@ -40,12 +40,14 @@ from model.checkpoint import (
     copy_tokenizer,
     load_causal_lm,
     load_classifier,
+    load_head,
     stored_dtype,
     write_model,
 )
+from model.encoder import EncoderClassifier
 from model.ending import CommandParser, RunFailed, exit_code
 from model.files import new_folder
-from model.heads import CausalLM, Model, SequenceClassifier
+from model.heads import CausalLM, Classifier, Model, SequenceClassifier
 from model.linear import Linear
 
 TOLERANCE = 1e-5  # of the largest logit
@@ -100,9 +102,9 @@ def merge(
         model = _load(parts, parts.base, stored)
         for i, adapter in enumerate(parts.adapters):
             load_adapter(model, adapter, f"adapter-{i}", trainable=False)
-        if isinstance(model, SequenceClassifier):
-            assert parts.score is not None
-            model.score.weight = _frozen(parts.score.float())
+        if isinstance(model, Classifier):
+            head = {name: tensor.float() for name, tensor in parts.head.items()}
+            load_head(model, head, parts.adapters[-1])
         batch = sample_tokens(parts.base, model.config.vocab_size, _longest(model))
 
         unmerged = _logits(model, batch)
@@ -175,7 +177,7 @@ def merged_in_passing(model: Model) -> Iterator[None]:
 
     handles = [
         handle
-        for block in model.model.layers
+        for block in model.network.blocks
         for handle in (
             block.register_forward_pre_hook(enter),
             block.register_forward_hook(leave, always_call=True),
@@ -209,7 +211,8 @@ def _narrowed(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def _to_dtype(model: Model, dtype: torch.dtype) -> None:
     """Round what no adapter touched. A classifier's head keeps its bits: it is small."""
     for name, parameter in model.named_parameters():
-        if name != "score.weight" and parameter.dtype != dtype:
+        is_of_head = isinstance(model, Classifier) and name in model.head_state()
+        if not is_of_head and parameter.dtype != dtype:
             parameter.data = _narrowed(parameter.data, dtype)
 
 
@@ -223,7 +226,7 @@ def sample_tokens(base: Path, vocab_size: int, longest: int) -> TokenBatch:
         ValueError: the tokenizer has more pieces than the base has embeddings.
     """
     sequences: list[list[int]] = []
-    if any((base / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
+    if any((base / name).is_file() for name in TOKENIZER_FILES):
         tokenizer = load_tokenizer(base)
         if tokenizer.vocab_size > vocab_size:
             raise ValueError(
@@ -248,24 +251,29 @@ def _longest(model: Model) -> int:
 def _load(parts: Parts, folder: Path, dtype: torch.dtype) -> Model:
     """A model whose weights are held in `dtype` and whose arithmetic is float64."""
     model: Model
-    if parts.score is None:
-        model = load_causal_lm(folder, dtype=dtype)
+    if parts.head:
+        model = load_classifier(folder, parts.num_labels, dtype=dtype)
     else:
-        model = load_classifier(folder, len(parts.score), dtype=dtype)
+        model = load_causal_lm(folder, dtype=dtype)
     return _in_float64(model.requires_grad_(False))
 
 
 def _in_float64(model: Model) -> Model:
     """Activations have the embedding's dtype, and weights are cast to it where they are used."""
-    model.model.embed_tokens.double()
+    model.network.word_embedding.double()
     return model
 
 
 @torch.no_grad()
 def _logits(model: Model, batch: TokenBatch) -> Tensor:
-    """[M, V], or a classifier's [M, C] as if its note ended at each token; float64."""
-    head = model.head_weight if isinstance(model, CausalLM) else model.score.weight
-    return nn.functional.linear(model.model(batch), head.double())
+    """[M, V], or a classifier's [M, C] as if its note ended at each token; float64.
+
+    An encoder has one pooled row a note: [n, C].
+    """
+    if isinstance(model, EncoderClassifier):
+        return model.scores(batch)
+    assert isinstance(model, CausalLM | SequenceClassifier)
+    return model.head_logits(model.model(batch))
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:
@@ -288,7 +296,7 @@ def _checked(what: str, found: Tensor, expected: Tensor) -> float:
 
 def report(parts: Parts, proof: Proof) -> list[str]:
     """The proof in words."""
-    unit = "token" if parts.score is None else "class"
+    unit = "class" if parts.head else "token"
     lines = [
         f"merged {' + '.join(parts.names)} into {parts.base}",
         f"proof on {proof.tokens} tokens: the float32 sums give the unmerged logits to "

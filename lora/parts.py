@@ -6,7 +6,7 @@ fingerprint, the adapters in their order and the SHA-256 of their files, which a
 they are used); a PEFT folder that lies in none vouches for nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from lora.peft_format import TENSORS_FILE, find_adapter, stored_head
-from model.checkpoint import base_fingerprint, weights_metadata
-from model.config import read_config
+from model.checkpoint import base_fingerprint, empty_classifier, weights_metadata
+from model.config import read_config, read_decoder_config
 from model.files import check_files, file_digest, open_safetensors, read_sealed_json
-from model.heads import CausalLM, SequenceClassifier
+from model.heads import CausalLM, Model
 
 RUN_FILE, HEAD_FILE, ADAPTERS = "run.json", "head.safetensors", "adapter"
 MERGED = "merged_adapters"  # entry of the header of merged weights: the adapters in them
-_SCORE = "score.weight"
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Parts:
 
     base: Path
     adapters: tuple[Path, ...]  # PEFT folders, in the order of training
-    score: Tensor | None  # [C, D], a classifier's head
+    head: Mapping[str, Tensor]  # a classifier's head under its names in the model; else empty
     label_names: tuple[str, ...]  # empty where nothing names them
     trained_on: str | None  # fingerprint of the adapters' base; None where no run tells it
 
@@ -39,13 +38,18 @@ class Parts:
     def names(self) -> list[str]:
         return [folder.name for folder in self.adapters]
 
-    def empty_model(self) -> CausalLM | SequenceClassifier:
+    @property
+    def num_labels(self) -> int:
+        """Classes of the head; 0 without one."""
+        return len(next(iter(self.head.values()))) if self.head else 0
+
+    def empty_model(self) -> Model:
         """The model's names and shapes, without data."""
-        config = read_config(self.base)
+        if self.head:
+            return empty_classifier(read_config(self.base), self.num_labels)
+        config = read_decoder_config(self.base)
         with torch.device("meta"):
-            if self.score is None:
-                return CausalLM(config)
-            return SequenceClassifier(config, len(self.score))
+            return CausalLM(config)
 
 
 def parts_of_run(run: Path) -> Parts:
@@ -63,21 +67,21 @@ def parts_of_run(run: Path) -> Parts:
     if not record["adapters"]:
         raise ValueError(f"{run} has no adapter, only a head; there is nothing to put together")
     check_files(run, record["files"])
-    score = None
+    head: dict[str, Tensor] = {}
     if record["labels"]:
         with open_safetensors(run / HEAD_FILE) as file:
-            if list(file.keys()) != [_SCORE]:
-                raise ValueError(f"{run / HEAD_FILE} does not hold {_SCORE}, and that alone")
-            score = file.get_tensor(_SCORE)
-        if score.dim() != 2 or len(score) != len(record["labels"]) or not score.isfinite().all():
-            raise ValueError(
-                f"{run / HEAD_FILE}: {_SCORE} is not a finite matrix with one row for each of the "
-                f"{len(record['labels'])} labels in {RUN_FILE}"
-            )
+            head = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        for name, tensor in head.items():
+            fits = tensor.dim() > 0 and len(tensor) == len(record["labels"])
+            if not fits or not tensor.isfinite().all():
+                raise ValueError(
+                    f"{run / HEAD_FILE}: {name} is not finite with one row for each of the "
+                    f"{len(record['labels'])} labels in {RUN_FILE}"
+                )
     return Parts(
         base=Path(record["config"]["model"]),
         adapters=tuple(run / ADAPTERS / name for name in record["adapters"]),
-        score=score,
+        head=head,
         label_names=tuple(record["labels"]),
         trained_on=record["fingerprints"]["base"],
     )
@@ -94,12 +98,12 @@ def parts_of_folders(base: Path, folders: Sequence[Path]) -> Parts:
     digests = [_update_digest(adapter) for adapter in adapters]
     if len(set(digests)) < len(digests):
         raise ValueError("one adapter is given twice; it would be added twice")
-    scores: list[Tensor] = []
+    heads: list[dict[str, Tensor]] = []
     bases: set[str] = set()
     label_names: tuple[str, ...] = ()
     for adapter in adapters:
         head = stored_head(adapter)
-        scores += [head] if head is not None else []
+        heads += [head] if head else []
         run = adapter.resolve().parent.parent
         if not (run / RUN_FILE).is_file():
             continue
@@ -109,7 +113,7 @@ def parts_of_folders(base: Path, folders: Sequence[Path]) -> Parts:
         own = f"{ADAPTERS}/{name}/"
         check_files(run, {file: of for file, of in record["files"].items() if file.startswith(own)})
         bases.add(record["fingerprints"]["base"])
-        label_names = tuple(record["labels"]) if head is not None else label_names
+        label_names = tuple(record["labels"]) if head else label_names
         for below in record["adapters"][: record["adapters"].index(name)]:
             if _update_digest(run / ADAPTERS / below) not in digests:
                 raise ValueError(
@@ -118,12 +122,12 @@ def parts_of_folders(base: Path, folders: Sequence[Path]) -> Parts:
                 )
     if len(bases) > 1:
         raise ValueError("the adapters were trained on different bases; they do not add up")
-    if len(scores) > 1:
+    if len(heads) > 1:
         raise ValueError("two of the adapters carry a classifier's head; a model has one")
     return Parts(
         base=base,
         adapters=adapters,
-        score=scores[0] if scores else None,
+        head=heads[0] if heads else {},
         label_names=label_names,
         trained_on=bases.pop() if bases else None,
     )

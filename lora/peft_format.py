@@ -34,7 +34,7 @@ TENSORS_FILE = "adapter_model.safetensors"
 
 # PEFT wraps a model twice, so its names stand behind this.
 _PREFIX = "base_model.model."
-# PEFT lists both under modules_to_save for a classifier; a LLaMA classifier's head is `score`.
+# PEFT lists both under modules_to_save for a classifier; the head of a LLaMA is `score`.
 _CLASSIFICATION_HEADS = ("classifier", "score")
 
 _IMPLEMENTED = frozenset(
@@ -193,11 +193,15 @@ def read_adapter(model: nn.Module, folder: Path) -> StoredAdapter:
     )
 
 
-def stored_head(folder: Path) -> Tensor | None:
-    """The classification head `score.weight` [C, D] of a PEFT folder; None where it has none."""
-    key = f"{_PREFIX}score.weight"
+def stored_head(folder: Path) -> dict[str, Tensor]:
+    """The classification head of a PEFT folder under its names in the model; {} without one."""
+    begins = tuple(f"{_PREFIX}{head}." for head in _CLASSIFICATION_HEADS)
     with open_safetensors(folder / TENSORS_FILE) as file:
-        return file.get_tensor(key) if key in file.keys() else None  # noqa: SIM118 (not a dict)
+        return {
+            key.removeprefix(_PREFIX): file.get_tensor(key)
+            for key in sorted(file.keys())
+            if key.startswith(begins)
+        }
 
 
 def find_adapter(folder: Path) -> Path:

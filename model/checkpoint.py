@@ -1,19 +1,29 @@
 """Checkpoints of Hugging Face's layout in and out: config.json and one or many safetensors files.
 
-Parameter names in the code are the names on the disk. The invariant: a model is filled by exactly
-the tensors it has, name by name and shape by shape, or not at all; and everything is known to
-match before memory is asked for.
+Parameter names in the code are the names on the disk; BERT checkpoints have a few older spellings
+besides, and heads of their pretraining, which `_name_in_model` knows. The invariant: a model is
+filled by exactly the tensors it has, name by name and shape by shape, or not at all; and everything
+is known to match before memory is asked for.
 """
 
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from model.config import DecoderConfig, read_config, write_config
+from model.config import (
+    DecoderConfig,
+    EncoderConfig,
+    ModelConfig,
+    read_config,
+    read_decoder_config,
+    write_config,
+)
+from model.encoder import EncoderClassifier
 from model.files import (
     copy_file,
     file_inside,
@@ -24,17 +34,22 @@ from model.files import (
     write_json,
     write_safetensors,
 )
-from model.heads import CausalLM, SequenceClassifier
+from model.heads import CausalLM, Classifier, Model, SequenceClassifier
 from model.linear import Linear
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _HEAD = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
-_SCORE = "score.weight"
 
-# Older LLaMA files carry RoPE's frequencies, which follow from config.json.
-_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+# What no network here has: RoPE's frequencies in older LLaMA files and the numbers of positions in
+# older BERT files, which follow from config.json, and the heads of BERT's pretraining.
+PASSED_OVER = re.compile(
+    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+    r"|(bert\.)?embeddings\.position_ids|cls\.(predictions|seq_relationship)\..+"
+)
+_BARE_BERT = ("embeddings.", "encoder.", "pooler.")  # how names begin where BertModel was saved
+_OLD_NORM = {"gamma": "weight", "beta": "bias"}
 _FLOATING = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -45,9 +60,16 @@ _FLOATING = {
 WEIGHT_FILES = (".json", ".safetensors")  # suffixes of the files that decide what a model computes
 _TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json",
+    "added_tokens.json", "vocab.txt",
 )  # fmt: skip
 SHARD_BYTES = 5_000_000_000
+
+
+class Place(NamedTuple):
+    """Where a tensor lies: the file, and its name in it."""
+
+    file: Path
+    key: str
 
 
 def load_causal_lm(
@@ -55,7 +77,7 @@ def load_causal_lm(
 ) -> CausalLM:
     """Load a LLaMA checkpoint; ValueError says what is wrong with a bad one."""
     folder = Path(folder)
-    config = read_config(folder)
+    config = read_decoder_config(folder)
     places = _places(folder)
     with torch.device("meta"):
         model = CausalLM(config)
@@ -75,40 +97,72 @@ def load_classifier(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
-) -> SequenceClassifier:
-    """Load a classifier, or a language model whose head gives way to a fresh `score`.
+) -> Classifier:
+    """Load a classifier, or a base whose pretraining head gives way to a fresh one.
 
-    `score.weight` trains and is float32 or wider whatever `dtype` is. A fresh one is a function
-    of `seed` alone.
+    The head trains and is float32 or wider whatever `dtype` is. A fresh one is a function of
+    `seed` alone.
     """
     folder = Path(folder)
     config = read_config(folder)
     places = _places(folder)
-    with torch.device("meta"):
-        model = SequenceClassifier(config, num_labels)
+    model = empty_classifier(config, num_labels)
     places.pop(_HEAD, None)
     wide = torch.promote_types(dtype, torch.float32)
-    if _SCORE in places:
+    names = model.head_state().keys()
+    if names & places.keys():
         _check_match(model, places, folder)
-        score = _read({_SCORE: places.pop(_SCORE)}, wide, device)
+        head = _read({name: places.pop(name) for name in names}, wide, device)
     else:
-        _check_match(model, {**places, _SCORE: None}, folder)
-        score = {_SCORE: _fresh_score(config, num_labels, seed).to(device, wide)}
-    model.load_state_dict(_read(places, dtype, device) | score, strict=True, assign=True)
+        _check_match(model, {**places, **dict.fromkeys(names)}, folder)
+        head = _fresh_head(model, seed)
+        head = {name: tensor.to(device, wide) for name, tensor in head.items()}
+    model.load_state_dict(_read(places, dtype, device) | head, strict=True, assign=True)
     return model
+
+
+def empty_classifier(config: ModelConfig, num_labels: int) -> Classifier:
+    """The classifier of a base's family, without data."""
+    with torch.device("meta"):
+        if isinstance(config, EncoderConfig):
+            return EncoderClassifier(config, num_labels)
+        return SequenceClassifier(config, num_labels)
+
+
+def load_head(model: Classifier, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Copy the tensors of the file `path` into a classifier's head.
+
+    Raises ValueError where they are not the head's, one by one, in float32.
+    """
+    state = model.head_state()
+    found = {name: (tuple(x.shape), x.dtype) for name, x in tensors.items()}
+    expected = {name: (tuple(x.shape), torch.float32) for name, x in state.items()}
+    if found != expected:
+        raise ValueError(f"{path} holds {_heads(found)}; the head is {_heads(expected)}")
+    for name, tensor in state.items():
+        tensor.copy_(tensors[name])
+
+
+def _heads(tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> str:
+    return ", ".join(f"{name} {list(shape)} {dtype}" for name, (shape, dtype) in tensors.items())
 
 
 def check_checkpoint(folder: Path) -> None:
     """Refuse a folder whose weights are not those that its config.json asks for; reads headers."""
     config, places = read_config(folder), _places(folder)
-    model: CausalLM | SequenceClassifier
-    with torch.device("meta"):
-        if _SCORE in places:
-            with open_safetensors(places[_SCORE]) as file:
-                labels = file.get_slice(_SCORE).get_shape()[0]
-            model = SequenceClassifier(config, labels)
-        else:
+    classifier = empty_classifier(config, 1)
+    name = next(iter(classifier.head_state()))
+    model: Model
+    if name in places:
+        with open_safetensors(places[name].file) as file:
+            labels = file.get_slice(places[name].key).get_shape()[0]
+        model = empty_classifier(config, labels)
+    elif isinstance(config, DecoderConfig):
+        with torch.device("meta"):
             model = CausalLM(config)
+    else:  # an encoder without a head, as most are published
+        _check_match(classifier, {**places, **dict.fromkeys(classifier.head_state())}, folder)
+        return
     _check_match(model, places, folder)
 
 
@@ -119,23 +173,28 @@ def base_fingerprint(folder: Path) -> str:
 
 def weights_metadata(folder: Path) -> dict[str, str]:
     """The entries in the header of a checkpoint's first file."""
-    with open_safetensors(next(iter(_places(Path(folder)).values()))) as file:
+    with open_safetensors(next(iter(_places(Path(folder)).values())).file) as file:
         return dict(file.metadata() or {})
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The widest number format among a checkpoint's tensors but a classifier's wide `score`."""
+    """The widest number format among a checkpoint's tensors but a classifier's wide head."""
+    heads = (f"{SequenceClassifier.head_name}.", f"{EncoderClassifier.head_name}.")
     formats: set[str] = set()
     for path, names in _by_file(_places(Path(folder))).items():
         with open_safetensors(path) as file:
-            formats |= {file.get_slice(name).get_dtype() for name in names if name != _SCORE}
+            formats |= {
+                file.get_slice(key).get_dtype()
+                for name, key in names.items()
+                if not name.startswith(heads)
+            }
     if unknown := formats - set(_FLOATING):
         raise ValueError(f"{folder} holds {min(unknown)} tensors; read are {', '.join(_FLOATING)}")
     return functools.reduce(torch.promote_types, [_FLOATING[name] for name in formats])
 
 
 def save_model(
-    model: CausalLM | SequenceClassifier,
+    model: Model,
     folder: Path,
     *,
     max_shard_bytes: int = SHARD_BYTES,
@@ -151,7 +210,7 @@ def save_model(
 
 
 def write_model(
-    model: CausalLM | SequenceClassifier,
+    model: Model,
     folder: Path,
     *,
     max_shard_bytes: int = SHARD_BYTES,
@@ -172,12 +231,13 @@ def write_model(
     write_weights(
         folder, tensors, tensors.__getitem__, max_shard_bytes=max_shard_bytes, metadata=metadata
     )
+    family = "Bert" if isinstance(model.config, EncoderConfig) else "Llama"
     kind = "ForCausalLM" if isinstance(model, CausalLM) else "ForSequenceClassification"
     write_config(
         model.config,
         folder,
-        architecture=f"Llama{kind}",
-        dtype=model.model.embed_tokens.weight.dtype,
+        architecture=f"{family}{kind}",
+        dtype=model.network.word_embedding.weight.dtype,
         label_names=label_names or _default_labels(model),
     )
 
@@ -220,9 +280,9 @@ def copy_tokenizer(source: Path, folder: Path) -> list[str]:
 
 def _default_labels(model: nn.Module) -> list[str]:
     """transformers reads the number of classes from the label names alone."""
-    if not isinstance(model, SequenceClassifier):
+    if not isinstance(model, Classifier):
         return []
-    return [f"LABEL_{i}" for i in range(model.score.out_features)]
+    return [f"LABEL_{i}" for i in range(model.head.out_features)]
 
 
 def _shards(tensors: Mapping[str, Tensor], max_bytes: int) -> list[list[str]]:
@@ -238,8 +298,8 @@ def _shards(tensors: Mapping[str, Tensor], max_bytes: int) -> list[list[str]]:
     return shards
 
 
-def _places(folder: Path) -> dict[str, Path]:
-    """Which file holds each tensor. Every file is opened once: it is whole and holds no others."""
+def _places(folder: Path) -> dict[str, Place]:
+    """Where each tensor of the model lies; every file is opened, and is whole and no other's."""
     single, index = folder / _SINGLE, folder / _INDEX
     if single.exists() and index.exists():
         raise ValueError(f"{folder} has both {_SINGLE} and {_INDEX}; remove the stale one")
@@ -251,7 +311,7 @@ def _places(folder: Path) -> dict[str, Path]:
         raise ValueError(
             f"{folder} has neither {_SINGLE} nor {_INDEX}; convert other formats to safetensors"
         )
-    places: dict[str, Path] = {}
+    places: dict[str, Place] = {}
     for path, expected in expected_of.items():
         with open_safetensors(path) as file:
             found = set(file.keys())
@@ -260,8 +320,20 @@ def _places(folder: Path) -> dict[str, Path]:
                 f"{path} does not hold the tensors that {_INDEX} gives it: "
                 f"{_some(found ^ expected)}; the files are not of one checkpoint"
             )
-        places |= dict.fromkeys(found, path)
-    return {name: path for name, path in places.items() if not _DERIVED.fullmatch(name)}
+        for key in found:
+            name = _name_in_model(key)
+            if name in places:
+                raise ValueError(f"{path} holds {key}, and {places[name].key} is the same tensor")
+            places[name] = Place(path, key)
+    return {name: place for name, place in places.items() if not PASSED_OVER.fullmatch(name)}
+
+
+def _name_in_model(key: str) -> str:
+    """The name of a stored tensor in the model: the same, but for spellings of older BERT files."""
+    if key.startswith(_BARE_BERT):
+        key = f"bert.{key}"
+    module, _, name = key.rpartition(".")
+    return f"{module}.{_OLD_NORM.get(name, name)}" if module.endswith("LayerNorm") else key
 
 
 def _read_index(path: Path) -> dict[Path, set[str]]:
@@ -279,7 +351,7 @@ def _read_index(path: Path) -> dict[Path, set[str]]:
     return tensors_of
 
 
-def _check_match(model: nn.Module, places: Mapping[str, Path | None], folder: Path) -> None:
+def _check_match(model: nn.Module, places: Mapping[str, Place | None], folder: Path) -> None:
     """Refuse a checkpoint whose names, shapes or number formats are not those of the model.
 
     A name whose place is None is filled from elsewhere.
@@ -291,8 +363,8 @@ def _check_match(model: nn.Module, places: Mapping[str, Path | None], folder: Pa
         raise ValueError(f"{folder} has tensors that its config.json rules out: {_some(unknown)}")
     for path, names in _by_file(places).items():
         with open_safetensors(path) as file:
-            for name in names:
-                header = file.get_slice(name)
+            for name, key in names.items():
+                header = file.get_slice(key)
                 if header.get_shape() != wanted[name]:
                     raise ValueError(
                         f"{path}: {name} has the shape {header.get_shape()}; the model "
@@ -305,49 +377,54 @@ def _check_match(model: nn.Module, places: Mapping[str, Path | None], folder: Pa
                     )
 
 
-def _check_equal(places: Mapping[str, Path], a: str, b: str) -> None:
+def _check_equal(places: Mapping[str, Place], a: str, b: str) -> None:
     if b not in places:
         return  # missing tensors are reported together
     found = []
-    for name in (a, b):
-        with open_safetensors(places[name]) as file:
-            found.append(file.get_tensor(name))
+    for place in (places[a], places[b]):
+        with open_safetensors(place.file) as file:
+            found.append(file.get_tensor(place.key))
     if not torch.equal(*found):
         raise ValueError(
-            f"{places[a]} holds {a} and it differs from {b}, but config.json ties them; set "
+            f"{places[a].file} holds {a} and it differs from {b}, but config.json ties them; set "
             "tie_word_embeddings to false if the checkpoint has a head of its own"
         )
 
 
 def _read(
-    places: Mapping[str, Path], dtype: torch.dtype, device: torch.device | str
+    places: Mapping[str, Place], dtype: torch.dtype, device: torch.device | str
 ) -> dict[str, Tensor]:
     is_meta = torch.device(device).type == "meta"  # shapes are in the headers
     tensors: dict[str, Tensor] = {}
     for path, names in _by_file(places).items():
         with open_safetensors(path) as file:
-            for name in names:
+            for name, key in names.items():
                 tensors[name] = (
-                    torch.empty(file.get_slice(name).get_shape(), dtype=dtype, device=device)
+                    torch.empty(file.get_slice(key).get_shape(), dtype=dtype, device=device)
                     if is_meta
-                    else file.get_tensor(name).to(device, dtype)
+                    else file.get_tensor(key).to(device, dtype)
                 )
     return tensors
 
 
-def _by_file(places: Mapping[str, Path | None]) -> dict[Path, list[str]]:
-    """The names each file holds, in the same order every time (a header has its own)."""
-    names_of: dict[Path, list[str]] = {}
-    for name, path in sorted(places.items()):
-        if path is not None:
-            names_of.setdefault(path, []).append(name)
+def _by_file(places: Mapping[str, Place | None]) -> dict[Path, dict[str, str]]:
+    """Each file's tensors, name in the model -> name in the file, in the same order every time."""
+    names_of: dict[Path, dict[str, str]] = {}
+    for name, place in sorted(places.items()):
+        if place is not None:
+            names_of.setdefault(place.file, {})[name] = place.key
     return names_of
 
 
-def _fresh_score(config: DecoderConfig, num_labels: int, seed: int) -> Tensor:
+def _fresh_head(model: Classifier, seed: int) -> dict[str, Tensor]:
+    """Weights of a head as the base's own were drawn, and no bias."""
     generator = torch.Generator().manual_seed(seed)
-    weight_CD = torch.empty(num_labels, config.hidden_size)
-    return weight_CD.normal_(std=config.initializer_range, generator=generator)
+    fresh = {}
+    for name, tensor in model.head_state().items():
+        fresh[name] = torch.zeros(tensor.shape)
+        if tensor.dim() == 2:
+            fresh[name].normal_(std=model.config.initializer_range, generator=generator)
+    return fresh
 
 
 def _some(names: set[str]) -> str:

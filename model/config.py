@@ -1,8 +1,8 @@
-"""The shape of a LLaMA decoder, from and to the `config.json` of Hugging Face.
+"""The shape of a LLaMA decoder or a BERT encoder, from and to the `config.json` of Hugging Face.
 
 Fields carry config.json's own names. The files of transformers 4 (`rope_theta`, `rope_scaling`,
 `torch_dtype`) and of transformers 5 (`rope_parameters`, `dtype`) are read, and a written file
-serves both. The invariant: a key that this decoder does not honour is refused, never ignored, so
+serves both. The invariant: a key that the network does not honour is refused, never ignored, so
 a loaded model computes what its config says.
 """
 
@@ -26,6 +26,7 @@ _LIMITS = {
     "num_key_value_heads": 1 << 12,
     "head_dim": 1 << 12,
     "max_position_embeddings": 1 << 31,
+    "type_vocab_size": 1 << 10,
 }
 
 
@@ -89,10 +90,7 @@ class DecoderConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name, limit in _LIMITS.items():
-            size = getattr(self, name)
-            if not 1 <= size <= limit:
-                raise ValueError(f"{name} is {size}; allowed are 1 to {limit}")
+        _check_sizes(self)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -100,21 +98,87 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; RoPE rotates halves, so it is even")
-        for name in ("rms_norm_eps", "rope_theta"):
-            value = getattr(self, name)
-            if not (value > 0.0 and math.isfinite(value)):
-                raise ValueError(f"{name} is {value}; it is a positive number")
-        if not 0.0 <= self.initializer_range <= 1.0:
-            raise ValueError(f"initializer_range is {self.initializer_range}; allowed are 0 to 1")
-        for token_id in (self.bos_token_id, self.pad_token_id, *self.eos_token_ids):
-            if token_id is not None and not 0 <= token_id < self.vocab_size:
-                raise ValueError(
-                    f"a special token has the id {token_id}, outside the vocabulary of "
-                    f"{self.vocab_size}; set it to null or to the right id"
-                )
+        _check_numbers(
+            self,
+            positive=("rms_norm_eps", "rope_theta"),
+            token_ids=(self.bos_token_id, self.pad_token_id, *self.eos_token_ids),
+        )
 
 
-# Keys that say nothing about the computation of this decoder in this project.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncoderConfig:
+    """Everything that decides what a BERT encoder computes, and how it is trained.
+
+    `attention_probs_dropout_prob` is read and written and not applied: attention never holds its
+    probabilities, so none of them can be dropped.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None  # None: as hidden_dropout_prob
+    initializer_range: float = 0.02  # standard deviation of fresh weights
+    pad_token_id: int | None = 0
+
+    def __post_init__(self) -> None:
+        _check_sizes(self)
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            share = getattr(self, name)
+            if share is not None and not 0.0 <= share < 1.0:
+                raise ValueError(f"{name} is {share}; allowed are 0 to below 1")
+        _check_numbers(self, positive=("layer_norm_eps",), token_ids=(self.pad_token_id,))
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def head_dropout(self) -> float:
+        """Share of the pooled row that is dropped before the classifier."""
+        own = self.classifier_dropout
+        return self.hidden_dropout_prob if own is None else own
+
+
+ModelConfig = DecoderConfig | EncoderConfig
+
+
+def _check_sizes(config: ModelConfig) -> None:
+    for name, limit in _LIMITS.items():
+        size = getattr(config, name, 1)
+        if not 1 <= size <= limit:
+            raise ValueError(f"{name} is {size}; allowed are 1 to {limit}")
+
+
+def _check_numbers(
+    config: ModelConfig, *, positive: Sequence[str], token_ids: Sequence[int | None]
+) -> None:
+    for name in positive:
+        value = getattr(config, name)
+        if not (value > 0.0 and math.isfinite(value)):
+            raise ValueError(f"{name} is {value}; it is a positive number")
+    if not 0.0 <= config.initializer_range <= 1.0:
+        raise ValueError(f"initializer_range is {config.initializer_range}; allowed are 0 to 1")
+    for token_id in token_ids:
+        if token_id is not None and not 0 <= token_id < config.vocab_size:
+            raise ValueError(
+                f"a special token has the id {token_id}, outside the vocabulary of "
+                f"{config.vocab_size}; set it to null or to the right id"
+            )
+
+
+# Keys that say nothing about the computation of these networks in this project.
 _WITHOUT_EFFECT = frozenset(
     {
         *("_attn_implementation_autoset", "_name_or_path", "architectures", "model_type"),
@@ -124,17 +188,40 @@ _WITHOUT_EFFECT = frozenset(
         *("output_attentions", "output_hidden_states", "return_dict", "use_cache"),
     }
 )
-# Keys that would change the computation, and the one value of each that this decoder has.
+# The same of a BERT: its pretraining heads, and the task it was last fine-tuned for.
+_WITHOUT_EFFECT_IN_BERT = frozenset(
+    {
+        *(
+            "bos_token_id",
+            "eos_token_id",
+            "directionality",
+            "finetuning_task",
+            "tie_word_embeddings",
+        ),
+        *("pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers"),
+        *("pooler_size_per_head", "gradient_checkpointing"),
+    }
+)
+# Keys that would change the computation, and the one value of each that the network has.
 _REQUIRED = {
     "hidden_act": "silu",
     "attention_dropout": 0.0,
     "partial_rotary_factor": 1.0,
     "is_encoder_decoder": False,
 }
+_REQUIRED_OF_BERT = {
+    "hidden_act": "gelu",
+    "position_embedding_type": "absolute",
+    "pooler_type": "first_token_transform",
+    "pruned_heads": {},
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+}
 _ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
 
 
-def read_config(folder: Path) -> DecoderConfig:
+def read_config(folder: Path) -> ModelConfig:
     """Read `folder`/config.json; ValueError names the key that is missing, wrong or unknown."""
     path = Path(folder) / "config.json"
     raw = read_json(path)
@@ -146,8 +233,19 @@ def read_config(folder: Path) -> DecoderConfig:
         raise ValueError(f"{path}: {error}") from None
 
 
+def read_decoder_config(folder: Path) -> DecoderConfig:
+    """`read_config` of a base that must be a decoder; ValueError where it is an encoder."""
+    config = read_config(folder)
+    if not isinstance(config, DecoderConfig):
+        raise ValueError(
+            f"{folder} is an encoder (BERT), which predicts no next token: use it with "
+            "--stage downstream, or name a LLaMA"
+        )
+    return config
+
+
 def write_config(
-    config: DecoderConfig,
+    config: ModelConfig,
     folder: Path,
     *,
     architecture: str = "LlamaForCausalLM",
@@ -155,8 +253,22 @@ def write_config(
     label_names: Sequence[str] = (),
 ) -> None:
     """Write `folder`/config.json for transformers 4 and 5; a classifier names its labels."""
-    raw: dict[str, Any] = {"architectures": [architecture], "model_type": "llama"}
-    raw |= {"hidden_act": "silu", "attention_dropout": 0.0}
+    raw: dict[str, Any] = {"architectures": [architecture]}
+    raw |= _raw_decoder(config) if isinstance(config, DecoderConfig) else _raw_encoder(config)
+    raw["dtype"] = raw["torch_dtype"] = str(dtype).removeprefix("torch.")
+    if label_names:
+        raw["id2label"] = {str(i): name for i, name in enumerate(label_names)}
+        raw["label2id"] = {name: i for i, name in enumerate(label_names)}
+    write_json(Path(folder) / "config.json", raw)
+
+
+def _raw_encoder(config: EncoderConfig) -> dict[str, Any]:
+    fixed = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
+    return fixed | asdict(config)
+
+
+def _raw_decoder(config: DecoderConfig) -> dict[str, Any]:
+    raw: dict[str, Any] = {"model_type": "llama", "hidden_act": "silu", "attention_dropout": 0.0}
     raw |= asdict(config)
     eos = raw.pop("eos_token_ids")
     raw["eos_token_id"] = None if not eos else eos[0] if len(eos) == 1 else list(eos)
@@ -169,15 +281,28 @@ def write_config(
         "rope_theta": config.rope_theta,
         **(scaling or {"rope_type": "default"}),
     }
-    raw["dtype"] = raw["torch_dtype"] = str(dtype).removeprefix("torch.")
-    if label_names:
-        raw["id2label"] = {str(i): name for i, name in enumerate(label_names)}
-        raw["label2id"] = {name: i for i, name in enumerate(label_names)}
-    write_json(Path(folder) / "config.json", raw)
+    return raw
 
 
-def _parse(raw: dict[str, Any]) -> DecoderConfig:
-    _refuse_unknown(raw)
+def _parse(raw: dict[str, Any]) -> ModelConfig:
+    if raw.get("auto_map") is not None:
+        raise ValueError("auto_map asks for code that came with the checkpoint; none is ever run")
+    if raw.get("quantization_config") is not None:
+        raise ValueError("the checkpoint is quantised; use the original floating-point one")
+    model_type = raw.get("model_type")
+    # Google's own bert_config.json names no type, but only BERT has token types.
+    if model_type == "bert" or (model_type is None and "type_vocab_size" in raw):
+        return _parse_bert(raw)
+    if model_type == "llama":
+        return _parse_llama(raw)
+    raise ValueError(f"model_type is {model_type!r}; known are 'llama' and 'bert'")
+
+
+def _parse_llama(raw: dict[str, Any]) -> DecoderConfig:
+    honoured = {*DecoderConfig.__dataclass_fields__, "eos_token_id", *_ROPE_KEYS} - {
+        "eos_token_ids"
+    }
+    _refuse_unknown(raw, honoured, _REQUIRED, _WITHOUT_EFFECT)
     heads = _integer(raw, "num_attention_heads")
     hidden_size = _integer(raw, "hidden_size")
     if raw.get("head_dim") is None and (heads < 1 or hidden_size % heads):
@@ -209,22 +334,43 @@ def _parse(raw: dict[str, Any]) -> DecoderConfig:
     )
 
 
-def _refuse_unknown(raw: dict[str, Any]) -> None:
-    if raw.get("auto_map") is not None:
-        raise ValueError("auto_map asks for code that came with the checkpoint; none is ever run")
-    if raw.get("quantization_config") is not None:
-        raise ValueError("the checkpoint is quantised; use the original floating-point one")
-    model_type = raw.get("model_type")
-    if model_type != "llama":
-        raise ValueError(f"model_type is {model_type!r}; this decoder is 'llama'")
-    for key, allowed in _REQUIRED.items():
+def _parse_bert(raw: dict[str, Any]) -> EncoderConfig:
+    honoured = {*EncoderConfig.__dataclass_fields__}
+    _refuse_unknown(raw, honoured, _REQUIRED_OF_BERT, _WITHOUT_EFFECT | _WITHOUT_EFFECT_IN_BERT)
+    sizes = {
+        name: _integer(raw, name)
+        for name in (
+            *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+            *("num_attention_heads", "max_position_embeddings"),
+        )
+    }
+    own = raw.get("classifier_dropout")
+    return EncoderConfig(
+        **sizes,
+        # From here on the defaults are those of transformers.
+        type_vocab_size=_integer(raw, "type_vocab_size", 2),
+        layer_norm_eps=_number(raw, "layer_norm_eps", 1e-12),
+        hidden_dropout_prob=_number(raw, "hidden_dropout_prob", 0.1),
+        attention_probs_dropout_prob=_number(raw, "attention_probs_dropout_prob", 0.1),
+        classifier_dropout=None if own is None else _number(raw, "classifier_dropout"),
+        initializer_range=_number(raw, "initializer_range", 0.02),
+        pad_token_id=_token_id(raw.get("pad_token_id", 0), "pad_token_id"),
+    )
+
+
+def _refuse_unknown(
+    raw: dict[str, Any],
+    honoured: set[str],
+    required: dict[str, Any],
+    without_effect: frozenset[str],
+) -> None:
+    for key, allowed in required.items():
         if raw.get(key) is not None and raw[key] != allowed:
-            raise ValueError(f"{key} is {raw[key]!r}; this decoder has {allowed!r} only")
-    honoured = {*DecoderConfig.__dataclass_fields__, "eos_token_id", *_ROPE_KEYS, *_REQUIRED}
-    honoured -= {"eos_token_ids"}
+            raise ValueError(f"{key} is {raw[key]!r}; this network has {allowed!r} only")
+    known = {*honoured, *required, *without_effect}
     for key, value in raw.items():
         # null and false switch a feature off: there is nothing to honour.
-        if key not in honoured | _WITHOUT_EFFECT and value is not None and value is not False:
+        if key not in known and value is not None and value is not False:
             raise ValueError(
                 f"the key {key!r} is unknown; remove it if it does not change the computation"
             )

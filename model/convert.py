@@ -1,6 +1,7 @@
-"""Pickled LLaMA weights to safetensors in Hugging Face layout: the one place that unpickles.
+"""Pickled weights to safetensors in Hugging Face layout: the one place that unpickles.
 
     python -m model.convert llama-7b-hf --out llama-7b    # pytorch_model.bin, or shards of it
+    python -m model.convert biobert-hf --out biobert      # the same of a BERT
     python -m model.convert weights.pth --out llama-7b    # config.json stands beside the file
     python -m model.convert LLaMA/7B --out llama-7b       # Meta's consolidated.NN.pth, params.json
 
@@ -29,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.checkpoint import check_checkpoint, copy_tokenizer, write_weights
+from model.checkpoint import PASSED_OVER, check_checkpoint, copy_tokenizer, write_weights
 from model.config import DecoderConfig, Llama3Scaling, read_config, write_config
 from model.ending import CommandParser, exit_code
 from model.files import copy_file, file_inside, new_folder, read_json
@@ -51,7 +52,7 @@ def convert(source: Path, out: Path, *, max_positions: int | None = None) -> lis
             params.json does not tell.
 
     Raises:
-        ValueError: the files are damaged, are not a LLaMA, or do not belong together.
+        ValueError: the files are damaged, are no LLaMA or BERT, or do not belong together.
     """
     if not source.exists():
         raise ValueError(f"{source} does not exist")
@@ -158,14 +159,13 @@ def _convert_hugging_face(folder: Path, files: Sequence[Path], out: Path) -> lis
         raise ValueError(
             f"{files[0]} has Meta's names; put params.json, not config.json, beside it"
         )
-    if config.tie_word_embeddings:
+    if isinstance(config, DecoderConfig) and config.tie_word_embeddings:
         head, embedding = (
             tensors.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight")
         )
         if head is not None and embedding is not None and torch.equal(head, embedding):
             del tensors["lm_head.weight"]  # the shared matrix, stored twice
-    names = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
-    kept = {name: tensor for name, tensor in tensors.items() if name in names}
+    kept = {name: tensor for name, tensor in tensors.items() if not PASSED_OVER.fullmatch(name)}
     write_weights(out, kept, lambda name: kept[name].clone(memory_format=torch.contiguous_format))
     copy_file(folder / "config.json", out / "config.json")
     said = [f"{len(kept)} tensors of {len(files)} files"]
@@ -359,9 +359,7 @@ def main(arguments: Sequence[str]) -> int:
     """Convert, say what was written, and return the exit code."""
 
     def work() -> None:
-        parser = CommandParser(
-            "python -m model.convert", "Convert pickled LLaMA weights to safetensors."
-        )
+        parser = CommandParser("python -m model.convert", "Convert pickled weights to safetensors.")
         parser.add_argument("source", type=Path, metavar="IN", help="a folder or a weights file")
         parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
         parser.add_argument(

@@ -176,6 +176,14 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config)
 
+    @property
+    def word_embedding(self) -> nn.Embedding:
+        return self.embed_tokens
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.layers
+
     def forward(
         self,
         batch: TokenBatch,
@@ -232,9 +240,11 @@ def init_weights(model: nn.Module, std: float, seed: int) -> None:
     """Fresh weights for a model on the CPU: normal with `std`, biases 0, norms 1."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
-        if isinstance(module, RMSNorm):
+        if isinstance(module, RMSNorm | nn.LayerNorm):
             nn.init.ones_(module.weight)
+            if isinstance(module, nn.LayerNorm):
+                nn.init.zeros_(module.bias)
         elif isinstance(module, Linear | nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=std, generator=generator)
-            if isinstance(module, Linear) and module.bias is not None:
+            if not isinstance(module, nn.Embedding) and module.bias is not None:
                 nn.init.zeros_(module.bias)

@@ -1,4 +1,4 @@
-"""What stands on the decoder: the language-model head, and the classifier of whole notes.
+"""What stands on a network: the language-model head, and the classifiers of whole notes.
 
 Letters: M tokens of the stream, K supervised tokens, D width, V vocabulary, n segments (notes),
 C classes. A head's forward pass returns its loss as a sum and a denominator, because a step's loss
@@ -6,7 +6,9 @@ is the sum over all micro-batches and ranks divided by their common denominator.
 each note is scored on its own rows, and no tensor of all M x V logits exists in training.
 """
 
-from typing import NamedTuple
+import abc
+from collections.abc import Iterator
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,7 @@ from torch.nn import functional as F
 
 import kernels
 from model.batch import Segments, TokenBatch
-from model.config import DecoderConfig
+from model.config import DecoderConfig, EncoderConfig
 from model.decoder import Decoder
 
 IGNORE = -100  # the label of a token that is not scored, as in Hugging Face
@@ -57,6 +59,10 @@ class CausalLM(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
+    def network(self) -> Decoder:
+        return self.model
+
+    @property
     def head_weight(self) -> Tensor:
         """[V, D]."""
         tied = self.config.tie_word_embeddings
@@ -97,14 +103,38 @@ class CausalLM(nn.Module):
         return F.linear(hidden, self.head_weight.to(hidden.dtype))
 
 
-class SequenceClassifier(nn.Module):
-    """The decoder with a linear head on the last token of each note, which has seen all of it."""
+class Network(Protocol):
+    """What training asks of a decoder or an encoder, besides its forward pass."""
 
-    def __init__(self, config: DecoderConfig, num_labels: int) -> None:
-        super().__init__()
-        self.config = config
-        self.model = Decoder(config)
-        self.score = nn.Linear(config.hidden_size, num_labels, bias=False)
+    @property
+    def word_embedding(self) -> nn.Embedding: ...
+
+    @property
+    def blocks(self) -> nn.ModuleList: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+
+class Classifier(nn.Module, abc.ABC):
+    """A network with a linear head on one row of each note, which has seen all of it."""
+
+    config: DecoderConfig | EncoderConfig
+    head_name: ClassVar[str]  # the head's name in the model and in checkpoints
+
+    @property
+    @abc.abstractmethod
+    def network(self) -> Network:
+        """What the head stands on."""
+
+    @property
+    def head(self) -> nn.Linear:
+        head = getattr(self, self.head_name)
+        assert isinstance(head, nn.Linear)
+        return head
+
+    def head_state(self) -> dict[str, Tensor]:
+        """The head's tensors (not copies) under their names in the model."""
+        return {f"{self.head_name}.{key}": x.detach() for key, x in self.head.named_parameters()}
 
     def forward(
         self,
@@ -140,6 +170,46 @@ class SequenceClassifier(nn.Module):
             loss_sum = F.cross_entropy(scores_nC, targets, weight=weights, reduction="sum")
         return Loss(loss_sum, denominator, {})
 
+    @abc.abstractmethod
+    def scores(
+        self,
+        batch: TokenBatch,
+        *,
+        dropout_seed: int | None = None,
+        checkpoint_blocks: bool = False,
+        compute_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Logits [n, C] of every note, float32 or wider."""
+
+    def head_logits(self, hidden_nD: Tensor) -> Tensor:
+        """Logits [n, C] of chosen hidden rows [n, D], float32 or wider."""
+        wide = torch.promote_types(hidden_nD.dtype, torch.float32)
+        bias = None if self.head.bias is None else self.head.bias.to(wide)
+        return F.linear(hidden_nD.to(wide), self.head.weight.to(wide), bias)
+
+    @staticmethod
+    def denominator(labels: Tensor, class_weights: Tensor | None = None) -> float:
+        """Sum of the notes' class weights (the number of notes without), or notes x labels."""
+        if labels.is_floating_point() or class_weights is None:
+            return float(labels.numel())
+        return float(class_weights.double()[labels].sum())
+
+
+class SequenceClassifier(Classifier):
+    """The decoder with a linear head on the last token of each note."""
+
+    head_name = "score"
+
+    def __init__(self, config: DecoderConfig, num_labels: int) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.score = nn.Linear(config.hidden_size, num_labels, bias=False)
+
+    @property
+    def network(self) -> Decoder:
+        return self.model
+
     def scores(
         self,
         batch: TokenBatch,
@@ -156,15 +226,7 @@ class SequenceClassifier(nn.Module):
             compute_dtype=compute_dtype,
             pool=True,
         )
-        wide = torch.promote_types(last_nD.dtype, torch.float32)
-        return F.linear(last_nD.to(wide), self.score.weight.to(wide))
-
-    @staticmethod
-    def denominator(labels: Tensor, class_weights: Tensor | None = None) -> float:
-        """Sum of the notes' class weights (the number of notes without), or notes x labels."""
-        if labels.is_floating_point() or class_weights is None:
-            return float(labels.numel())
-        return float(class_weights.double()[labels].sum())
+        return self.head_logits(last_nD)
 
 
-Model = CausalLM | SequenceClassifier
+Model = CausalLM | Classifier

@@ -31,17 +31,18 @@ from model.checkpoint import (
     base_fingerprint,
     load_causal_lm,
     load_classifier,
+    load_head,
 )
-from model.config import DecoderConfig, read_config
+from model.config import DecoderConfig, EncoderConfig, read_config, read_decoder_config
 from model.decoder import init_weights
 from model.files import check_files, folder_digest, open_safetensors
-from model.heads import CausalLM, Model, SequenceClassifier
+from model.heads import CausalLM, Classifier, Model
 from training.config import AUTO, BaseDtype, RunConfig, from_dict
 from training.run_folder import HEAD_FILE, RUN_FILE, read_record
 from training.stages import SYNTHETIC_COHORT
 
 CLINICAL, DOWNSTREAM = "clinical", "downstream"  # the adapters' names
-LORA_TARGETS = ("q_proj", "v_proj")
+LORA_TARGETS = {DecoderConfig: ("q_proj", "v_proj"), EncoderConfig: ("query", "value")}
 _VALIDATION_ORDER = 0  # seed of the choice of validation notes: the same in every run
 
 Dataset = LanguagePieces | ClassificationNotes
@@ -179,7 +180,12 @@ def validation_rows(config: RunConfig, notes: Notes) -> np.ndarray:
 
 
 def resolve(config: RunConfig, device: torch.device) -> RunConfig:
-    """The config with the settings that follow from base and device, as run.json records them."""
+    """The config with the settings that follow from base and device, as run.json records them.
+
+    Raises ValueError for a stage that the base's family does not have.
+    """
+    if config.model is not None and config.stage != "downstream":
+        read_decoder_config(Path(config.model))
     lora = dataclasses.replace(config.lora, target_modules=_lora_targets(config))
     return dataclasses.replace(config, base_dtype=base_dtype(config, device), lora=lora)
 
@@ -200,7 +206,7 @@ def load_base(config: RunConfig, folder: Path, num_labels: int, device: torch.de
     if config.stage == "downstream":
         model = load_classifier(folder, num_labels, dtype=dtype, device=device, seed=config.seed)
     elif config.from_scratch:
-        shape = read_config(folder)
+        shape = read_decoder_config(folder)
         _check_memory(shape, folder)
         model = CausalLM(shape)
         init_weights(model, shape.initializer_range, config.seed)
@@ -245,8 +251,8 @@ def build_model(config: RunConfig, notes: Notes, device: torch.device) -> Model:
         attach(model, name, lora_config(config), seed=config.seed)
     if config.adapter == "full":
         model.requires_grad_(True)
-    if isinstance(model, SequenceClassifier):
-        model.score.requires_grad_(True)
+    if isinstance(model, Classifier):
+        model.head.requires_grad_(True)
     return model
 
 
@@ -265,7 +271,9 @@ def lora_config(config: RunConfig) -> LoraConfig:
 def _lora_targets(config: RunConfig) -> tuple[str, ...]:
     """The layers that --lora.target-modules names, or those of the base's family."""
     named = config.lora.target_modules
-    return LORA_TARGETS if named == (AUTO,) else named
+    if named != (AUTO,) or config.model is None:
+        return named
+    return LORA_TARGETS[type(read_config(Path(config.model)))]
 
 
 def init_adapter_folder(folder: Path) -> Path:
@@ -372,15 +380,10 @@ def restore(folder: Path, device: torch.device) -> FinishedRun:
     model = load_base(config, base, len(label_names), device)
     for name in record["adapters"]:
         load_adapter(model, folder / "adapter" / name, name, trainable=False)
-    if isinstance(model, SequenceClassifier):
+    if isinstance(model, Classifier):
         with open_safetensors(folder / HEAD_FILE) as file:
-            head = file.get_tensor("score.weight")
-        if head.shape != model.score.weight.shape or head.dtype != torch.float32:
-            raise ValueError(
-                f"{folder / HEAD_FILE} holds a head of {list(head.shape)} {head.dtype}; the run's "
-                f"is {list(model.score.weight.shape)} torch.float32"
-            )
-        model.score.weight.data.copy_(head)
+            head = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        load_head(model, head, folder / HEAD_FILE)
     model.requires_grad_(False)
     return FinishedRun(
         config,

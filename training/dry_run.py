@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from data.packing import ClassificationNotes, PackedBatch
-from model.heads import Model
+from model.heads import Classifier, Model
 from training.assemble import (
     Dataset,
     Notes,
@@ -201,7 +201,7 @@ def _trained_parts(model: Model) -> list[str]:
             continue
         if ".adapters." in name:
             part = f'adapter "{name.partition(".adapters.")[2].partition(".")[0]}"'
-        elif name == "score.weight":
+        elif isinstance(model, Classifier) and name in model.head_state():
             part = "the classifier's head"
         else:
             part = "the base"

@@ -26,8 +26,10 @@ from data.packing import PackedBatch
 from kernels.reference import CHUNK_ELEMENTS
 from lora.adapter import LoraAdapter
 from model.batch import Segments
+from model.config import DecoderConfig
 from model.decoder import Block
-from model.heads import CausalLM, Model
+from model.encoder import Encoder, Layer
+from model.heads import CausalLM, Model, Network
 from model.linear import Linear
 from training.objective import Objective
 
@@ -113,7 +115,7 @@ def memory(
         # On a CPU the forward pass of a block, which keeps nothing, leaves holes of that size in
         # the heap, and what is recomputed does not fit into them (measured, not derived).
         passing += recomputed * (1 if on_gpu else 2)
-    passing += _largest_cast(model.model, compute_dtype)
+    passing += _largest_cast(model.network, compute_dtype)
     if any(isinstance(m, Linear) and m.weight.requires_grad for m in model.modules()):
         passing += max(p.nbytes for p in trained)  # a gradient before it is added
 
@@ -141,8 +143,11 @@ def saved_bytes(
     """Bytes that the forward pass of a micro-batch keeps for its backward pass, without weights."""
     width, tokens, config = compute_dtype.itemsize, len(batch.input_ids), model.config
     stream = tokens * config.hidden_size * width
-    saved, has_gradient = 0, model.model.embed_tokens.weight.requires_grad
-    for block in model.model.layers:
+    saved, has_gradient = 0, model.network.word_embedding.weight.requires_grad
+    if isinstance(model.network, Encoder) and has_gradient:
+        dropped = model.network.config.hidden_dropout_prob > 0
+        saved += stream + tokens * 2 * _WIDE + tokens * config.hidden_size * dropped
+    for block in model.network.blocks:
         if checkpointing:
             # The input of every block, with a gradient or without.
             saved += stream
@@ -153,7 +158,7 @@ def saved_bytes(
                 block, batch, width, on_gpu, has_gradient=has_gradient, pools=pools
             )
             has_gradient = has_gradient or _trains(block)
-    if has_gradient:
+    if has_gradient and isinstance(config, DecoderConfig):
         rows = tokens if isinstance(model, CausalLM) else len(batch.rows)
         saved += tokens * config.head_dim * width  # the angles' cosines and sines
         saved += rows * (config.hidden_size * width + _WIDE)  # the last norm
@@ -180,51 +185,82 @@ def _block_saved(
 
     pools: all but keys and values is of each segment's last token alone.
     """
+    kept = _Kept(batch, width, on_gpu, has_gradient=has_gradient, pools=pools)
+    if isinstance(block, Layer):
+        reader = block.attention.self
+        heads = reader.query.out_features // reader.head_dim
+        kept.attention(reader.query, reader.key, reader.value, heads=heads)
+        for output in (block.attention.output, block.output):
+            if output is block.output:
+                kept.linear(block.intermediate.dense, rows=kept.rows)
+                kept.tensor(kept.rows, block.intermediate.dense.out_features)  # gelu's input
+            kept.linear(output.dense, rows=kept.rows)
+            kept.mask(output.dropout, kept.rows, output.dense.out_features)
+            kept.norm(output.LayerNorm, kept.rows, output.dense.out_features, statistics=2)
+        return kept.bytes
     assert isinstance(block, Block)
-    tokens, attention, mlp = len(batch.input_ids), block.self_attn, block.mlp
-    queries, keys = attention.q_proj.out_features, attention.k_proj.out_features
-    dim, inner = attention.q_proj.in_features, mlp.gate_proj.out_features
-    heads = queries // attention.head_dim
-    rows = len(batch.rows) if pools else tokens
-    saved = 0
+    own, mlp = block.self_attn, block.mlp
+    dim = own.q_proj.in_features
+    kept.norm(block.input_layernorm, kept.tokens, dim, statistics=1)
+    kept.attention(
+        own.q_proj, own.k_proj, own.v_proj, heads=own.q_proj.out_features // own.head_dim
+    )
+    kept.linear(own.o_proj, rows=kept.rows)
+    kept.norm(block.post_attention_layernorm, kept.rows, dim, statistics=1)
+    kept.linear(mlp.gate_proj, mlp.up_proj, rows=kept.rows)
+    kept.tensor(kept.rows, 2 * mlp.gate_proj.out_features)  # gate and up
+    kept.linear(mlp.down_proj, rows=kept.rows)
+    return kept.bytes
 
-    def keep_norm(norm: nn.Module, tokens: int) -> None:
-        nonlocal saved, has_gradient
-        has_gradient = has_gradient or _trains(norm)
-        if has_gradient:
-            saved += tokens * (dim * width + _WIDE)  # x and 1 / rms
 
-    def keep_linear(*layers: Linear, tokens: int) -> None:
-        nonlocal saved, has_gradient
-        has_gradient = has_gradient or any(_trains(layer) for layer in layers)
-        if has_gradient:
-            saved += tokens * layers[0].in_features * width  # x
-            for adapter in itertools.chain(*(layer.adapters.values() for layer in layers)):
-                assert isinstance(adapter, LoraAdapter)
-                saved += tokens * adapter.lora_A.shape[0] * width  # S
-                saved += tokens * layers[0].in_features * (adapter.dropout > 0)  # its mask
+class _Kept:
+    """Counts what a block's operations keep, one after the other, once a gradient flows."""
 
-    keep_norm(block.input_layernorm, tokens)
-    if pools:
-        keep_linear(attention.k_proj, attention.v_proj, tokens=tokens)
-        keep_linear(attention.q_proj, tokens=rows)
-    else:
-        keep_linear(attention.q_proj, attention.k_proj, attention.v_proj, tokens=tokens)
-    if has_gradient:
-        whole, padded, groups = (tokens, 0, 1) if on_gpu else _padding(batch)
-        saved += (whole + padded) * 2 * keys * width  # k and v
-        saved += (rows if pools else whole + padded) * queries * width  # q
-        attended = rows if pools or (groups == 1 and not padded) else _attended(batch)
-        saved += attended * heads * _WIDE  # log-sum-exp
-        if groups > 1 or (padded and not pools):
-            saved += attended * queries * width  # the output, before it is put in order
-    keep_linear(attention.o_proj, tokens=rows)
-    keep_norm(block.post_attention_layernorm, rows)
-    keep_linear(mlp.gate_proj, mlp.up_proj, tokens=rows)
-    if has_gradient:
-        saved += 2 * rows * inner * width  # gate and up
-    keep_linear(mlp.down_proj, tokens=rows)
-    return saved
+    def __init__(
+        self, batch: PackedBatch, width: int, on_gpu: bool, *, has_gradient: bool, pools: bool
+    ) -> None:
+        self.bytes = 0
+        self.tokens = len(batch.input_ids)
+        self.rows = len(batch.rows) if pools else self.tokens  # of all but keys and values
+        self._batch, self._width, self._on_gpu, self._pools = batch, width, on_gpu, pools
+        self._has_gradient = has_gradient
+
+    def tensor(self, rows: int, columns: int) -> None:
+        self.bytes += rows * columns * self._width * self._has_gradient
+
+    def mask(self, dropout: float, rows: int, columns: int) -> None:
+        self.bytes += rows * columns * (dropout > 0 and self._has_gradient)
+
+    def norm(self, norm: nn.Module, rows: int, columns: int, *, statistics: int) -> None:
+        """Its input, and its statistics of each row."""
+        self._has_gradient = self._has_gradient or _trains(norm)
+        self.tensor(rows, columns)
+        self.bytes += rows * statistics * _WIDE * self._has_gradient
+
+    def linear(self, *layers: Linear, rows: int) -> None:
+        """The input that the layers share, and for each adapter S and its mask."""
+        self._has_gradient = self._has_gradient or any(_trains(layer) for layer in layers)
+        self.tensor(rows, layers[0].in_features)
+        for adapter in itertools.chain(*(layer.adapters.values() for layer in layers)):
+            assert isinstance(adapter, LoraAdapter)
+            self.tensor(rows, adapter.lora_A.shape[0])
+            self.mask(adapter.dropout, rows, layers[0].in_features)
+
+    def attention(self, query: Linear, key: Linear, value: Linear, *, heads: int) -> None:
+        if self._pools:
+            self.linear(key, value, rows=self.tokens)
+            self.linear(query, rows=self.rows)
+        else:
+            self.linear(query, key, value, rows=self.tokens)
+        whole, padded, groups = (self.tokens, 0, 1) if self._on_gpu else _padding(self._batch)
+        self.tensor(whole + padded, 2 * key.out_features)  # k and v
+        self.tensor(self.rows if self._pools else whole + padded, query.out_features)
+        attended = self.rows
+        if not self._pools and (groups > 1 or padded):
+            attended = _attended(self._batch)
+        self.bytes += attended * heads * _WIDE * self._has_gradient  # log-sum-exp
+        if groups > 1 or (padded and not self._pools):
+            self.tensor(attended, query.out_features)  # the output, before it is put in order
 
 
 def _head_bytes(model: Model, batch: PackedBatch, compute_dtype: torch.dtype) -> int:
@@ -240,11 +276,11 @@ def _head_bytes(model: Model, batch: PackedBatch, compute_dtype: torch.dtype) ->
     return (tokens + scored) * dim * width + chunk + cast + gradient
 
 
-def _largest_cast(decoder: nn.Module, compute_dtype: torch.dtype) -> int:
+def _largest_cast(network: Network, compute_dtype: torch.dtype) -> int:
     """The largest weight in the compute dtype, where it is held in another one."""
     cast = [
         module.weight.numel()
-        for module in decoder.modules()
+        for module in network.modules()
         if isinstance(module, Linear) and module.weight.dtype != compute_dtype
     ]
     return max(cast, default=0) * compute_dtype.itemsize
@@ -256,14 +292,14 @@ def _trains(module: nn.Module) -> bool:
 
 def _trained_blocks(model: Model) -> list[nn.Module]:
     """The blocks that a gradient passes through."""
-    if _trains(model.model.embed_tokens):
-        return list(model.model.layers)
-    return list(itertools.dropwhile(lambda block: not _trains(block), model.model.layers))
+    if _trains(model.network.word_embedding):
+        return list(model.network.blocks)
+    return list(itertools.dropwhile(lambda block: not _trains(block), model.network.blocks))
 
 
 def _pools(model: Model, block: nn.Module) -> bool:
-    """Whether a block computes the rows of each segment's pooled token alone (see `Decoder`)."""
-    return not isinstance(model, CausalLM) and block is model.model.layers[-1]
+    """Whether a block computes the rows of the segments' pooled tokens alone."""
+    return not isinstance(model, CausalLM) and block is model.network.blocks[-1]
 
 
 def _scored(batch: PackedBatch) -> int:
@@ -296,8 +332,8 @@ def flops(model: Model, lengths: np.ndarray, *, trains: bool, checkpointing: boo
 
     A product with a weight costs two a weight and token forward, two for its input's gradient, and
     two for its own if it trains. Causal attention over s tokens costs 2 s N H a token forward and
-    5 s N H backward. Recomputing a block adds its forward pass. The last block of a classifier
-    has one query, output and MLP row a segment, which sees all s tokens.
+    5 s N H backward, an encoder's twice that. Recomputing a block adds its forward pass. The last
+    block of a classifier has one query, output and MLP row a segment, which sees all s tokens.
 
     Args:
         lengths: [n] tokens of each segment.
@@ -305,12 +341,16 @@ def flops(model: Model, lengths: np.ndarray, *, trains: bool, checkpointing: boo
     """
     tokens, squares = float(lengths.sum()), float(np.square(lengths, dtype=np.float64).sum())
     total = 0.0
-    has_gradient = model.model.embed_tokens.weight.requires_grad
-    for block in model.model.layers:
-        assert isinstance(block, Block)
-        attention, pools = block.self_attn, _pools(model, block)
-        readers = (attention.q_proj, attention.k_proj, attention.v_proj)
-        into_readers = has_gradient or _trains(block.input_layernorm)
+    has_gradient = model.network.word_embedding.weight.requires_grad
+    for block in model.network.blocks:
+        pools = _pools(model, block)
+        if isinstance(block, Layer):
+            own = block.attention.self
+            readers, into_readers = (own.query, own.key, own.value), has_gradient
+        else:
+            assert isinstance(block, Block)
+            readers = (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
+            into_readers = has_gradient or _trains(block.input_layernorm)
         has_gradient = has_gradient or _trains(block)
         forward = backward = 0.0
         for layer in (module for module in block.modules() if isinstance(module, Linear)):
@@ -323,13 +363,18 @@ def flops(model: Model, lengths: np.ndarray, *, trains: bool, checkpointing: boo
                 products = 2 * rows * parameter.numel()
                 forward += products
                 backward += products * (1 + parameter.requires_grad)
-        pairs = 2 * tokens if pools else squares  # of causal attention half of them are computed
-        attended = pairs * attention.q_proj.out_features
+        # Of causal attention only half of the pairs are computed.
+        pairs = tokens if pools else squares if isinstance(block, Layer) else squares / 2
+        attended = 2 * pairs * readers[0].out_features
         forward += 2 * attended
         backward += 5 * attended
         total += forward
         if trains and has_gradient:
             total += backward + (forward if checkpointing else 0.0)
+    if isinstance(model.network, Encoder):
+        dense = model.network.pooler.dense.weight
+        products = 1 + trains * (has_gradient + dense.requires_grad)
+        total += 2 * len(lengths) * dense.numel() * products
     if isinstance(model, CausalLM):
         products = 1 + trains + (trains and model.head_weight.requires_grad)
         total += 2 * (tokens - len(lengths)) * model.head_weight.numel() * products
@@ -352,7 +397,7 @@ def measured_rate(
     """
     probe = copy.deepcopy(model)
     # The last block of a classifier is not like the others: there it needs one before it.
-    probe.model.layers = probe.model.layers[: 1 if isinstance(model, CausalLM) else 2]
+    del probe.network.blocks[1 if isinstance(model, CausalLM) else 2 :]
     probe = probe.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from data.packing import IGNORED, PackedBatch
 from model.batch import TokenBatch
-from model.heads import CausalLM, Loss, SequenceClassifier
+from model.heads import CausalLM, Classifier, Loss, Model
 
 
 class Objective(Protocol):
@@ -61,7 +61,7 @@ class Classification:
 
     def __init__(
         self,
-        model: SequenceClassifier,
+        model: Classifier,
         device: torch.device,
         *,
         class_weights: np.ndarray | None = None,
@@ -98,11 +98,11 @@ class Classification:
         return self.model.scores(tokens, compute_dtype=self._compute_dtype)
 
 
-def compute_dtype(model: CausalLM | SequenceClassifier, device: torch.device) -> torch.dtype:
+def compute_dtype(model: Model, device: torch.device) -> torch.dtype:
     """bfloat16 on a GPU that has it; elsewhere float32, or wider if the base is."""
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
         return torch.bfloat16
-    return torch.promote_types(model.model.embed_tokens.weight.dtype, torch.float32)
+    return torch.promote_types(model.network.word_embedding.weight.dtype, torch.float32)
 
 
 def to_device(batch: PackedBatch, device: torch.device) -> TokenBatch:

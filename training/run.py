@@ -27,7 +27,7 @@ from lora.peft_format import save_adapter
 from model.checkpoint import copy_tokenizer, save_model
 from model.ending import RunFailed
 from model.files import describe_files, write_safetensors, write_sealed_json
-from model.heads import CausalLM, Model, SequenceClassifier
+from model.heads import CausalLM, Classifier, Model
 from training.assemble import (
     CLINICAL,
     Dataset,
@@ -317,8 +317,8 @@ def _validation(
 def _write_model(config: RunConfig, model: Model, notes: Notes, out: Path) -> None:
     """Adapters as PEFT folders or all weights in Hugging Face layout, and the head beside them."""
     head = None
-    if isinstance(model, SequenceClassifier):
-        head = {"score.weight": model.score.weight.detach()}
+    if isinstance(model, Classifier):
+        head = model.head_state()
         write_safetensors(out / HEAD_FILE, head)
     names = adapter_names(model)
     for name in names:
