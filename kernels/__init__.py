@@ -1,9 +1,19 @@
-"""The operations of the networks, one function per operation.
+"""The operations of the networks, one function per operation, and the choice of what runs them.
 
-Each function takes plain tensors and has the contract written in `kernels.reference`. On a CPU the
-reference itself runs: plain torch whose backward passes are written out by hand.
+Each function takes plain tensors and has the contract written in `kernels.reference`, which is
+plain torch with the backward passes written out by hand and runs everywhere. A Triton kernel takes
+its place on a GPU where a recorded benchmark shows that it is faster (`RECORDED_WINS`). The
+invariant: the choice depends on device, dtype and shape alone, never on values.
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kernels import reference
 from kernels.reference import (
     LinearOperands,
     LowRank,
@@ -19,7 +29,6 @@ from kernels.reference import (
     rope,
     route,
     row_keys,
-    swiglu,
 )
 
 # transformers probes for a package called `kernels` and parses its version.
@@ -32,6 +41,7 @@ __all__ = [
     "combine",
     "dispatch",
     "dropout",
+    "force",
     "grouped_lora_linear",
     "keep_mask",
     "linear_cross_entropy",
@@ -42,3 +52,44 @@ __all__ = [
     "row_keys",
     "swiglu",
 ]
+
+Path = Literal["recorded", "reference", "triton"]
+
+# Operation: the compute capabilities at which its kernel beats torch, eager and compiled, at the
+# sizes of LLaMA. An entry needs its rows in benchmarks/results/kernels.csv, which a test looks up.
+RECORDED_WINS: Mapping[str, frozenset[int]] = {}
+
+_path: Path = "recorded"
+
+
+@contextmanager
+def force(path: Path) -> Iterator[None]:
+    """Within the block run the references, or the Triton kernels wherever they can run.
+
+    One choice for the whole process: autograd may compute a block again in a thread of its own.
+    """
+    global _path
+    before, _path = _path, path
+    try:
+        yield
+    finally:
+        _path = before
+
+
+def _is_fused(operation: str, x: Tensor) -> bool:
+    """Whether the Triton kernel of an operation runs on x."""
+    if _path != "recorded":
+        return _path == "triton" and x.dtype != torch.float64
+    if not RECORDED_WINS or not x.is_cuda or x.dtype == torch.float64:
+        return False
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor in RECORDED_WINS.get(operation, ())
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, both [M, F] (Shazeer 2020, arXiv 2002.05202)."""
+    if _is_fused("swiglu", gate):
+        from kernels import gated
+
+        return gated.swiglu(gate, up)
+    return reference.swiglu(gate, up)

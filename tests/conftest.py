@@ -1,5 +1,6 @@
 """Options and fixtures that every test shares."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's own switch
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Triton decides at import whether kernels are interpreted, so those tests are a run of their
+    # own; where there is a GPU they run on it, among all others.
+    runs_kernels, runs_others = IS_INTERPRETED or torch.cuda.is_available(), not IS_INTERPRETED
+    left_out = [
+        item for item in items if not (runs_kernels if "kernel" in item.keywords else runs_others)
+    ]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
     skip_slow = pytest.mark.skip(reason="slow: run with --slow")
     skip_gpu = pytest.mark.skip(reason="gpu: no CUDA device here")
     for item in items:

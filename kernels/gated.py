@@ -1,0 +1,106 @@
+"""SwiGLU, silu(gate) * up, in Triton (Shazeer 2020, arXiv 2002.05202).
+
+Letters: M rows, F feed-forward width. Forward and backward each read their inputs once and write
+once. The invariant: `kernels.reference.swiglu` is the contract.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.build import OPTIONS, Build
+
+_BLOCK, _WARPS = 2048, 8
+
+
+@triton.jit
+def _swiglu_forward(gate, up, out, gate_stride, up_stride, F, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < F
+    g = tl.load(gate + row * gate_stride + columns, inside, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_stride + columns, inside, other=0.0).to(tl.float32)
+    y = g * tl.sigmoid(g) * u
+    tl.store(out + row * F + columns, y.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _swiglu_backward(
+    dy, gate, up, dgate, dup, dy_stride, gate_stride, up_stride, F, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < F
+    d = tl.load(dy + row * dy_stride + columns, inside, other=0.0).to(tl.float32)
+    g = tl.load(gate + row * gate_stride + columns, inside, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_stride + columns, inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(g)
+    silu = g * sigmoid
+    dg = d * u * (sigmoid + silu * (1.0 - sigmoid))
+    tl.store(dgate + row * F + columns, dg.to(dgate.dtype.element_ty), inside)
+    tl.store(dup + row * F + columns, (d * silu).to(dup.dtype.element_ty), inside)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = _rows(gate), _rows(up)
+        ctx.save_for_backward(gate, up)
+        rows, width = gate.shape
+        out = gate.new_empty(rows, width)
+        grid = (rows, triton.cdiv(width, _BLOCK))
+        _swiglu_forward[grid](
+            gate, up, out, gate.stride(0), up.stride(0), width,
+            BLOCK=_BLOCK, num_warps=_WARPS, **OPTIONS,
+        )  # fmt: skip
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        dy = _rows(dy)
+        rows, width = gate.shape
+        dgate, dup = gate.new_empty(rows, width), up.new_empty(rows, width)
+        _swiglu_backward[(rows, triton.cdiv(width, _BLOCK))](
+            dy, gate, up, dgate, dup, dy.stride(0), gate.stride(0), up.stride(0), width,
+            BLOCK=_BLOCK, num_warps=_WARPS, **OPTIONS,
+        )  # fmt: skip
+        return dgate, dup
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x with adjacent columns; any distance between rows will do."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`kernels.reference.swiglu` in one pass forward and one backward; both [M, F]."""
+    return _SwiGLU.apply(gate, up)
+
+
+def builds(capability: int) -> list[Build]:
+    """The kernels as they are launched, the same at every capability."""
+    strides = {"gate_stride": "i32", "up_stride": "i32", "F": "i32"}
+    inputs = {"gate": "*bf16", "up": "*bf16"}
+    return [
+        Build(
+            kernel=_swiglu_forward,
+            signature={**inputs, "out": "*bf16", **strides},
+            constants={"BLOCK": _BLOCK},
+            num_warps=_WARPS,
+            divisible=tuple(strides),
+        ),
+        Build(
+            kernel=_swiglu_backward,
+            signature={
+                "dy": "*bf16", **inputs, "dgate": "*bf16", "dup": "*bf16", "dy_stride": "i32",
+                **strides,
+            },
+            constants={"BLOCK": _BLOCK},
+            num_warps=_WARPS,
+            divisible=("dy_stride", *strides),
+        ),
+    ]  # fmt: skip
