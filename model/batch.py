@@ -80,6 +80,24 @@ class Segments:
         """The first token of each segment."""
         return Chosen(self.cu_seqlens[:-1].long(), self._of_one_token())
 
+    def behind(self, count: int) -> "Behind":
+        """These segments, each behind `count` further rows."""
+        lengths, wide = np.asarray(self.lengths), count * np.arange(len(self) + 1)
+        offsets, fronts = wide + np.asarray(self.offsets), int(wide[-1])
+        tokens = np.arange(self.offsets[-1]) + np.repeat(wide[1:], lengths)
+        order = np.empty(offsets[-1], np.int64)
+        is_front = np.ones(len(order), bool)
+        is_front[tokens] = False
+        order[is_front] = np.arange(fronts)
+        order[tokens] = fronts + np.arange(len(tokens))
+        device = self.cu_seqlens.device
+        return Behind(
+            count,
+            type(self).from_offsets(offsets).to(device),
+            torch.from_numpy(tokens).to(device),
+            torch.from_numpy(order).to(device),
+        )
+
     def _of_one_token(self) -> Self:
         return type(self).from_offsets(range(len(self) + 1)).to(self.cu_seqlens.device)
 
@@ -93,6 +111,25 @@ class Chosen(NamedTuple):
 
     rows: Tensor  # [n] int64
     segments: Segments
+
+
+@dataclass(frozen=True, slots=True)
+class Behind:
+    """Segments that each stand behind the same `count` rows: virtual tokens, or a prefix's keys.
+
+    The same rows, so that what a note sees does not depend on what is packed beside it.
+    """
+
+    count: int
+    segments: Segments  # of rows and tokens together
+    tokens: Tensor  # [M] int64, where the tokens stand in them
+    order: Tensor  # [n count + M] int64, each row's place in (rows of every segment, tokens)
+
+    def join(self, front: Tensor, x: Tensor) -> Tensor:
+        """front [count, ...] before each segment of x [M, ...]: [n count + M, ...]."""
+        fronts = front.expand(len(self.segments), *front.shape).flatten(0, 1)
+        # A permutation, so its backward pass adds nothing up; the sum over segments is expand's.
+        return torch.cat((fronts, x))[self.order]
 
 
 # A group may pad this share of its tokens: less than a second pass of small operations costs.
@@ -166,6 +203,22 @@ class TokenBatch:
             sample_ids=torch.from_numpy(np.repeat(np.asarray(sample_ids, np.int64), lengths)),
             segments=segments,
         )
+
+    def behind(self, count: int) -> tuple[Self, Behind]:
+        """The batch with `count` virtual tokens in front of each segment; their id is -1."""
+        behind = self.segments.behind(count)
+        lengths = torch.tensor(behind.segments.lengths, device=self.input_ids.device)
+        begins = behind.segments.cu_seqlens[:-1].long()
+        total = behind.segments.offsets[-1]
+        ids_n = self.sample_ids[self.segments.cu_seqlens[:-1].long()]
+        batch = type(self)(
+            input_ids=behind.join(self.input_ids.new_full((count,), -1), self.input_ids),
+            positions=torch.arange(total, device=lengths.device)
+            - begins.repeat_interleave(lengths, output_size=total),
+            sample_ids=ids_n.repeat_interleave(lengths, output_size=total),
+            segments=behind.segments,
+        )
+        return batch, behind
 
     def to(self, device: torch.device | str) -> Self:
         return type(self)(

@@ -12,15 +12,16 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from model.attention import attend
-from model.batch import TokenBatch
+from model.batch import Segments
 from model.config import DecoderConfig
 
 
 class KVCache:
     """Room for `capacity` tokens of each of `count` sequences, in every layer.
 
-    The first forward pass brings the prompts, of any lengths; each later one brings one token of
-    every sequence. Keys are stored with their positions rotated in.
+    The first forward pass brings the prompts, of any lengths, and what adapters put in front of
+    them; each later one brings one token of every sequence. Keys are stored with their positions
+    rotated in.
     """
 
     def __init__(
@@ -41,33 +42,49 @@ class KVCache:
         self._is_prefill = True
         self._slots = self._is_visible = torch.empty(0)
 
-    def extend(self, batch: TokenBatch) -> Tensor:
-        """Make room for the batch's tokens; returns their positions [M] in the whole sequences."""
-        capacity, device = self._keys[0].shape[1], batch.input_ids.device
-        added = batch.segments.lengths
+    @property
+    def is_empty(self) -> bool:
+        return not any(self.lengths)
+
+    def extend(self, added_keys: Segments) -> Tensor:
+        """Make room for new keys; returns how many each of their sequences had: [1] or [n]."""
+        capacity, device = self._keys[0].shape[1], added_keys.cu_seqlens.device
+        added = added_keys.lengths
         assert len(added) == len(self.lengths)
-        self._is_prefill = not any(self.lengths)
+        self._is_prefill = self.is_empty
         assert self._is_prefill or set(added) == {1}, "after the prompts, one token at a time"
         starts = [row * capacity + length for row, length in enumerate(self.lengths)]
         self.lengths = [a + b for a, b in zip(self.lengths, added, strict=True)]
         assert max(self.lengths) <= capacity
         if self._is_prefill:
-            starts_M = torch.tensor(starts, device=device).repeat_interleave(
-                torch.tensor(added, device=device), output_size=batch.segments.offsets[-1]
+            # A row of the stream moves on by what the sequences before its own leave empty.
+            moves = torch.tensor(starts, device=device) - added_keys.cu_seqlens[:-1]
+            total = added_keys.offsets[-1]
+            self._slots = torch.arange(total, device=device) + moves.repeat_interleave(
+                torch.tensor(added, device=device), output_size=total
             )
-            self._slots = starts_M + batch.positions
-            return batch.positions
+            return torch.zeros(1, dtype=torch.int64, device=device)
         lengths = torch.tensor(self.lengths, device=device)
         stored = torch.arange(max(self.lengths), device=device)
         self._slots = torch.tensor(starts, device=device)
         self._is_visible = (stored < lengths[:, None])[:, None, None]
         return lengths - 1
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, batch: TokenBatch) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        segments: Segments,
+        *,
+        queries: Segments | None = None,
+    ) -> Tensor:
         """Store k and v, then let each query see its own sequence up to itself.
 
         Args:
             q: [M, N, H]; k, v: [M, G, H], positions already rotated in.
+            segments, queries: as in `attend`; the keys' are those that `extend` made room for.
 
         Returns:
             [M, N, H].
@@ -76,7 +93,7 @@ class KVCache:
         keys.flatten(0, 1)[self._slots] = k
         values.flatten(0, 1)[self._slots] = v
         if self._is_prefill:
-            return attend(q, k, v, batch.segments)
+            return attend(q, k, v, segments, queries=queries)
         longest = self._is_visible.shape[-1]
         # The query heads of one key-value head stand where a prompt's queries would.
         out_nGQH = scaled_dot_product_attention(

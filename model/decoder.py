@@ -8,6 +8,8 @@ batch, neither the neighbours nor the packing.
 """
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +18,72 @@ from torch.utils.checkpoint import checkpoint
 
 import kernels
 from model.attention import attend
-from model.batch import Chosen, TokenBatch
+from model.batch import Behind, Chosen, Segments, TokenBatch
 from model.cache import KVCache
 from model.config import DecoderConfig, LinearScaling, Llama3Scaling
 from model.linear import Linear, linear_group
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, each [M, H / 2]
+
+
+class InputModule(Protocol):
+    """What stands between the embedding and the first block: virtual tokens, noise."""
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many it puts in front of each segment."""
+        ...
+
+    def __call__(
+        self, x: Tensor, batch: TokenBatch, dropout_seed: int | None
+    ) -> tuple[Tensor, TokenBatch]:
+        """The rows [M, D] of a batch, changed, and the batch with what was put in front of it.
+
+        dropout_seed: of this step's randomness; None in evaluation.
+        """
+        ...
+
+
+class PrefixModule(Protocol):
+    """What gives every layer keys and values to stand in front of each segment's own."""
+
+    @property
+    def prefix_tokens(self) -> int: ...
+
+    def __call__(self) -> Tensor:
+        """[P, L, 2, G, H], of each layer the keys, then the values; no position is rotated in."""
+        ...
+
+
+class PromptModule(Protocol):
+    """What a layer's tokens attend to besides their segment, with a softmax of its own."""
+
+    @property
+    def rows(self) -> Tensor:
+        """[P, D], from which the layer's own projections make keys and values."""
+        ...
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What is added to the attention's output: q [M, N, H]; k, v [P, G, H] -> [M, N, H]."""
+        ...
+
+
+class Prefix(NamedTuple):
+    """One layer's keys and values in front of each segment: k, v [P, G, H]."""
+
+    k: Tensor
+    v: Tensor
+    behind: Behind
+
+    def join(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The same before each segment of k and v [M, G, H]."""
+        return self.behind.join(self.k, k), self.behind.join(self.v, v)
+
+    @classmethod
+    def of_layers(cls, modules: Sequence[PrefixModule], behind: Behind, like: Tensor) -> list[Self]:
+        """The prefixes of all layers, several modules' one after the other, in `like`'s dtype."""
+        rows = torch.cat([module() for module in modules]).to(like.dtype)
+        return [cls(layer[:, 0], layer[:, 1], behind) for layer in rows.unbind(1)]
 
 
 def rope_tables(config: DecoderConfig, positions: Tensor, dtype: torch.dtype) -> Rope:
@@ -67,7 +129,10 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head, grouped-query or multi-query attention: G of N key-value heads."""
+    """Multi-head, grouped-query or multi-query attention: G of N key-value heads.
+
+    prompts: name -> module that is a `PromptModule`; filled by `lora.attach`.
+    """
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
@@ -79,6 +144,7 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.hidden_size, key_width, bias=bias)
         self.v_proj = Linear(config.hidden_size, key_width, bias=bias)
         self.o_proj = Linear(query_width, config.hidden_size, bias=bias)
+        self.prompts = nn.ModuleDict()
 
     def forward(
         self,
@@ -88,18 +154,23 @@ class Attention(nn.Module):
         dropout_keys: Tensor | None,
         cache: KVCache | None,
         chosen: Chosen | None,
+        prefix: Prefix | None,
     ) -> Tensor:
         if chosen is not None:
-            return self._of_chosen(x_MD, batch, rope, dropout_keys, chosen)
+            return self._of_chosen(x_MD, batch, rope, dropout_keys, chosen, prefix)
         projections = (self.q_proj, self.k_proj, self.v_proj)
         flat = linear_group(projections, x_MD, dropout_keys)
         q_MNH, k_MGH, v_MGH = (x.unflatten(1, (-1, self.head_dim)) for x in flat)
         q_MNH, k_MGH = kernels.rope(q_MNH, k_MGH, *rope)
+        queries, keys = None, batch.segments
+        if prefix is not None:
+            queries, keys = keys, prefix.behind.segments
+            k_MGH, v_MGH = prefix.join(k_MGH, v_MGH)
         if cache is None:
-            o_MNH = attend(q_MNH, k_MGH, v_MGH, batch.segments)
+            o_MNH = attend(q_MNH, k_MGH, v_MGH, keys, queries=queries)
         else:
-            o_MNH = cache.attend(self.layer, q_MNH, k_MGH, v_MGH, batch)
-        return self.o_proj(o_MNH.flatten(1), dropout_keys)
+            o_MNH = cache.attend(self.layer, q_MNH, k_MGH, v_MGH, keys, queries=queries)
+        return self.o_proj(self._prompted(o_MNH, q_MNH).flatten(1), dropout_keys)
 
     def _of_chosen(
         self,
@@ -108,6 +179,7 @@ class Attention(nn.Module):
         rope: Rope,
         dropout_keys: Tensor | None,
         chosen: Chosen,
+        prefix: Prefix | None,
     ) -> Tensor:
         """The rows [n, D] of the segments' last tokens: their queries, and keys of all tokens."""
         rows = chosen.rows
@@ -118,8 +190,21 @@ class Attention(nn.Module):
         # Queries and keys are of different tokens, so each is rotated beside none of the other.
         k_MGH = kernels.rope(k_MGH, k_MGH[:, :0], *rope)[0]
         q_nNH = kernels.rope(q_nNH, q_nNH[:, :0], *(angles[rows] for angles in rope))[0]
-        o_nNH = attend(q_nNH, k_MGH, v_MGH, batch.segments, queries=chosen.segments)
-        return self.o_proj(o_nNH.flatten(1), keys_of_rows)
+        keys = batch.segments
+        if prefix is not None:
+            keys = prefix.behind.segments
+            k_MGH, v_MGH = prefix.join(k_MGH, v_MGH)
+        o_nNH = attend(q_nNH, k_MGH, v_MGH, keys, queries=chosen.segments)
+        return self.o_proj(self._prompted(o_nNH, q_nNH).flatten(1), keys_of_rows)
+
+    def _prompted(self, o_MNH: Tensor, q_MNH: Tensor) -> Tensor:
+        """The output and what each prompt adds to it."""
+        for prompt in cast(Sequence[PromptModule], self.prompts.values()):
+            # Without dropout: the rows belong to no sample.
+            flat = linear_group((self.k_proj, self.v_proj), prompt.rows.to(q_MNH.dtype))
+            k_PGH, v_PGH = (x.unflatten(1, (-1, self.head_dim)) for x in flat)
+            o_MNH = o_MNH + prompt(q_MNH, k_PGH, v_PGH)
+        return o_MNH
 
 
 class MLP(nn.Module):
@@ -155,10 +240,11 @@ class Block(nn.Module):
         dropout_keys: Tensor | None,
         cache: KVCache | None,
         chosen: Chosen | None = None,
+        prefix: Prefix | None = None,
     ) -> Tensor:
         """x_MD: [M, D] -> [M, D], or [n, D] of the chosen tokens alone."""
         normed_MD = self.input_layernorm(x_MD)
-        attended = self.self_attn(normed_MD, batch, rope, dropout_keys, cache, chosen)
+        attended = self.self_attn(normed_MD, batch, rope, dropout_keys, cache, chosen, prefix)
         if chosen is not None:
             x_MD = x_MD[chosen.rows]
             dropout_keys = None if dropout_keys is None else dropout_keys[chosen.rows]
@@ -167,7 +253,12 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and the last norm; heads stand on top of it (`model.heads`)."""
+    """Embedding, blocks and the last norm; heads stand on top of it (`model.heads`).
+
+    Two slots are empty until adapters fill them (`lora.attach`), each name -> module: of
+    `input_modules` (`InputModule`) each takes the rows that the one before has made, so what comes
+    later stands further in front; `prefixes` are `PrefixModule`s.
+    """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -175,6 +266,24 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config)
+        self.input_modules = nn.ModuleDict()
+        self.prefixes = nn.ModuleDict()
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Rows that stand in front of each segment and pass through every block."""
+        return sum(module.virtual_tokens for module in self._input_modules())
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Keys that stand in front of each segment in every layer."""
+        return sum(module.prefix_tokens for module in self._prefix_modules())
+
+    def _input_modules(self) -> Sequence[InputModule]:
+        return cast(Sequence[InputModule], tuple(self.input_modules.values()))
+
+    def _prefix_modules(self) -> Sequence[PrefixModule]:
+        return cast(Sequence[PrefixModule], tuple(self.prefixes.values()))
 
     @property
     def word_embedding(self) -> nn.Embedding:
@@ -193,8 +302,12 @@ class Decoder(nn.Module):
         compute_dtype: torch.dtype | None = None,
         cache: KVCache | None = None,
         pool: bool = False,
+        predicting: Tensor | None = None,
     ) -> Tensor:
         """Hidden rows [M, D] after the last norm, in `compute_dtype`; with `pool` [n, D].
+
+        Virtual tokens have no row in the result, but the last of them predicts its segment's first
+        token (see `predicting`).
 
         Args:
             dropout_seed: switches the adapters' dropout on; one number per optimiser step.
@@ -205,18 +318,34 @@ class Decoder(nn.Module):
             cache: earlier tokens of the same sequences; the batch's tokens are added to it.
             pool: of each segment the last token's row alone. The last block then computes no other
                 query, output or MLP row: the same numbers for less.
+            predicting: [K] int64, tokens of the batch; of each the row that predicts it, the one
+                before it in its segment: [K, D].
         """
         assert cache is None or not (checkpoint_blocks or pool)
-        positions = batch.positions if cache is None else cache.extend(batch)
+        assert predicting is None or not pool
         x_MD = F.embedding(batch.input_ids, self.embed_tokens.weight)
         if compute_dtype is not None:
             x_MD = x_MD.to(compute_dtype)
+        own, before = batch.segments, self.prefix_tokens
+        if cache is None or cache.is_empty:
+            for module in self._input_modules():
+                x_MD, batch = module(x_MD, batch, dropout_seed)
+        else:
+            before = 0  # virtual tokens and prefixes are in the cache
+        prefixes: list[Prefix] = []
+        behind = batch.segments.behind(before) if before else None
+        if behind is not None:
+            prefixes = Prefix.of_layers(self._prefix_modules(), behind, x_MD)
+        positions = batch.positions + before
+        if cache is not None:
+            positions = positions + cache.extend(behind.segments if behind else batch.segments)
         rope = rope_tables(self.config, positions, x_MD.dtype)
         dropout_keys = None
         if dropout_seed is not None:
             dropout_keys = kernels.row_keys(dropout_seed, batch.sample_ids, positions)
         for i, block in enumerate(self.layers, start=1):
             chosen = batch.segments.ends() if pool and i == len(self.layers) else None
+            prefix = prefixes[i - 1] if prefixes else None
             if checkpoint_blocks:
                 # The non-reentrant form: the older one gives adapters no gradient when the
                 # embedding is frozen. No generator is restored, for dropout draws from keys.
@@ -228,12 +357,24 @@ class Decoder(nn.Module):
                     dropout_keys,
                     None,
                     chosen,
+                    prefix,
                     use_reentrant=False,
                     preserve_rng_state=False,
                 )
             else:
-                x_MD = block(x_MD, batch, rope, dropout_keys, cache, chosen)
-        return self.norm(x_MD)
+                x_MD = block(x_MD, batch, rope, dropout_keys, cache, chosen, prefix)
+        x_MD = self.norm(x_MD)
+        if pool:
+            return x_MD
+        return _own_rows(x_MD, own, batch.segments, predicting)
+
+
+def _own_rows(x: Tensor, own: Segments, wide: Segments, predicting: Tensor | None) -> Tensor:
+    """Of the rows of `wide` segments those of their own tokens, or those that predict some."""
+    if wide is own:
+        return x if predicting is None else x[predicting - 1]
+    tokens = own.behind(wide.lengths[0] - own.lengths[0]).tokens
+    return x[tokens] if predicting is None else x[tokens[predicting] - 1]
 
 
 def init_weights(model: nn.Module, std: float, seed: int) -> None:

@@ -64,7 +64,7 @@ def generate(
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     cache = None
     if use_cache and prompts:
-        capacity = max(map(len, prompts)) + config.max_new_tokens
+        capacity = _places_in_front(model) + max(map(len, prompts)) + config.max_new_tokens
         cache = KVCache(
             model.config, len(prompts), capacity, dtype=weight.dtype, device=weight.device
         )
@@ -98,11 +98,18 @@ def _check_prompts(
             raise ValueError(f"prompt {i} is empty; begin with the BOS token")
         if min(prompt) < 0 or max(prompt) >= vocabulary:
             raise ValueError(f"prompt {i} has an id outside the vocabulary of {vocabulary}")
-        if len(prompt) + config.max_new_tokens > limit:
+        in_front = _places_in_front(model)
+        if in_front + len(prompt) + config.max_new_tokens > limit:
+            adapters = f" and {in_front} places of the adapters" if in_front else ""
             raise ValueError(
                 f"prompt {i} has {len(prompt)} tokens; with max_new_tokens "
-                f"{config.max_new_tokens} that passes the model's {limit} positions"
+                f"{config.max_new_tokens}{adapters} that passes the model's {limit} positions"
             )
+
+
+def _places_in_front(model: CausalLM) -> int:
+    """Positions that adapters take in front of every sequence."""
+    return model.model.virtual_tokens + model.model.prefix_tokens
 
 
 def _joined(pieces: Sequence[Sequence[int]]) -> TokenBatch:

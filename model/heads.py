@@ -28,22 +28,25 @@ class Loss(NamedTuple):
     aux: dict[str, Tensor]  # further terms of a network's own, by name
 
 
-def supervised_rows(labels: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-    """Which hidden rows are scored, and the token each of them has to predict.
+def supervised_tokens(
+    labels: Tensor, segments: Segments, *, first: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Which tokens are scored: their places in the stream, and what has to be predicted there.
 
-    Row i predicts token i + 1 of its own segment. A segment's first token has no row before it
-    and is never scored.
+    The row that predicts a token is the one before it in its segment. A segment's first token has
+    none, and is never scored, unless virtual tokens stand in front of it (`first`).
 
     Args:
         labels: [M] int64, each token's own id where it is scored and IGNORE elsewhere.
 
     Returns:
-        rows [K] int64, targets [K] int64.
+        places [K] int64, targets [K] int64.
     """
     is_scored_M = labels != IGNORE
-    is_scored_M[torch.tensor(segments.offsets[:-1], device=labels.device)] = False
+    if not first:
+        is_scored_M[torch.tensor(segments.offsets[:-1], device=labels.device)] = False
     scored_K = is_scored_M.nonzero().squeeze(1)
-    return scored_K - 1, labels[scored_K]
+    return scored_K, labels[scored_K]
 
 
 class CausalLM(nn.Module):
@@ -80,19 +83,20 @@ class CausalLM(nn.Module):
         """Cross-entropy of every scored token, summed.
 
         Args:
-            labels: [M] int64 as in `supervised_rows`; left on the host, nothing waits for a GPU.
+            labels: [M] int64 as in `supervised_tokens`; left on the host, nothing waits for a GPU.
         """
-        hidden_MD = self.model(
+        device, has_virtual = batch.input_ids.device, self.model.virtual_tokens > 0
+        tokens, targets = supervised_tokens(labels, batch.segments, first=has_virtual)
+        hidden_KD = self.model(
             batch,
+            predicting=tokens.to(device, non_blocking=True),
             dropout_seed=dropout_seed,
             checkpoint_blocks=checkpoint_blocks,
             compute_dtype=compute_dtype,
         )
-        rows, targets = supervised_rows(labels, batch.segments)
-        rows = rows.to(hidden_MD.device, non_blocking=True)
-        targets = targets.to(hidden_MD.device, non_blocking=True)
-        loss_sum = kernels.linear_cross_entropy(hidden_MD[rows], self.head_weight, targets)
-        return Loss(loss_sum, float(len(rows)), {})
+        targets = targets.to(device, non_blocking=True)
+        loss_sum = kernels.linear_cross_entropy(hidden_KD, self.head_weight, targets)
+        return Loss(loss_sum, float(len(tokens)), {})
 
     def logits(self, batch: TokenBatch) -> Tensor:
         """Logits [M, V] of every token, for small batches."""

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lora.attach import adapter_parameters, attach
 from lora.config import LoraConfig
 from model.batch import Segments, TokenBatch
-from model.heads import IGNORE, CausalLM, SequenceClassifier, supervised_rows
+from model.heads import IGNORE, CausalLM, SequenceClassifier, supervised_tokens
 from tests.model.oracle import (
     float64_twin,
     gradients,
@@ -40,12 +40,15 @@ def make_notes() -> tuple[list[Tensor], TokenBatch]:
     return notes, TokenBatch.from_arrays(torch.cat(notes), offsets)
 
 
-def test_supervised_rows_stay_inside_their_segment() -> None:
-    labels = torch.tensor([10, 11, IGNORE, 13, 20, 21, 30])
-    rows, targets = supervised_rows(labels, Segments.from_offsets([0, 4, 6, 7]))
-    assert rows.tolist() == [0, 2, 4]
+def test_a_first_token_is_scored_only_behind_virtual_ones() -> None:
+    labels, segments = torch.tensor([10, 11, IGNORE, 13, 20, 21, 30]), [0, 4, 6, 7]
+    places, targets = supervised_tokens(labels, Segments.from_offsets(segments))
+    assert places.tolist() == [1, 3, 5]
     assert targets.tolist() == [11, 13, 21]
     assert labels[0] == 10  # the caller's labels are left alone
+    places, targets = supervised_tokens(labels, Segments.from_offsets(segments), first=True)
+    assert places.tolist() == [0, 1, 3, 4, 5, 6]
+    assert targets.tolist() == [10, 11, 13, 20, 21, 30]
 
 
 def test_causal_loss_of_a_batch_without_scored_tokens_is_zero() -> None:
