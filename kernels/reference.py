@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.reference_int8 import dequantise, int8_linear, int8_linear_input_grad
+
 # --- counter-based randomness -------------------------------------------------------------------
 
 # The multipliers of the 32-bit finaliser "lowbias32" (Chris Wellons, hash-prospector), as int32.
@@ -232,9 +234,39 @@ class LowRank(NamedTuple):
 class LinearOperands(NamedTuple):
     """One linear layer: its weight, its bias, and the adapters that are summed on it."""
 
-    weight: Tensor  # [N, K]
+    weight: Tensor  # [N, K], floating or int8
     bias: Tensor | None  # [N]
     adapters: tuple[LowRank, ...] = ()
+    scale: Tensor | None = None  # [N] float32, of an int8 weight
+    is_int8_math: bool = False  # multiply int8 by int8 instead of dequantising the weight
+
+
+class _Base(NamedTuple):
+    """What is not a tensor of one layer's own weight."""
+
+    is_int8_math: bool
+
+    def product(self, x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Any:
+        """x W^T + bias: [M, N]."""
+        bias = bias if bias is None else bias.to(x.dtype)
+        if scale is not None and self.is_int8_math:
+            y = int8_linear(x, weight, scale)
+            return y if bias is None else y.add_(bias)
+        return torch.nn.functional.linear(x, _floating(weight, scale, x.dtype), bias)
+
+    def add_input_grad(
+        self, dx: Tensor | None, dy: Tensor, weight: Tensor, scale: Tensor | None
+    ) -> Tensor:
+        """dx + dy W: [M, K]; dx None means 0."""
+        if scale is not None and self.is_int8_math:
+            own = int8_linear_input_grad(dy, weight, scale)
+            return own if dx is None else dx.add_(own)
+        w = _floating(weight, scale, dy.dtype)
+        return dy @ w if dx is None else dx.addmm_(dy, w)
+
+
+def _floating(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return weight.to(dtype) if scale is None else dequantise(weight, scale, dtype)
 
 
 class _Update(NamedTuple):
@@ -251,25 +283,22 @@ class _LoraLinear(torch.autograd.Function):
     """All layers that read one input, with all their adapters.
 
     Saved: x, the weights, S = dropout(x) A^T, which is rank-sized, and one byte per dropped
-    element. Arguments after `keys` are the layers' weights and biases, then each update's A and B.
+    element. Arguments after `keys` are the layers' weights, scales and biases, then each update's
+    A and B.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        num_layers: int,
+        bases: tuple[_Base, ...],
         updates: tuple[_Update, ...],
         x: Tensor,
         keys: Any,
         *tensors: Any,
     ) -> tuple[Tensor, ...]:
-        dtype, width = x.dtype, x.shape[1]
-        layers = zip(tensors[: 2 * num_layers : 2], tensors[1 : 2 * num_layers : 2], strict=True)
+        dtype, width, first = x.dtype, x.shape[1], 3 * len(bases)
         outputs = tuple(
-            torch.nn.functional.linear(
-                x, weight.to(dtype), bias if bias is None else bias.to(dtype)
-            )
-            for weight, bias in layers
+            base.product(x, *tensors[3 * i : 3 * i + 3]) for i, base in enumerate(bases)
         )
         masks = tuple(
             keep_mask(keys, width, update.dropout, update.site) if update.dropout else None
@@ -277,13 +306,13 @@ class _LoraLinear(torch.autograd.Function):
         )
         s = None
         if updates:
-            down, up = tensors[2 * num_layers :: 2], tensors[2 * num_layers + 1 :: 2]
+            down, up = tensors[first::2], tensors[first + 1 :: 2]
             s = _down_projections(x, updates, masks, down)
             for update, b in zip(updates, up, strict=True):
                 outputs[update.layer].addmm_(
                     s[:, update.columns], b.to(dtype).T, alpha=update.scaling
                 )
-        ctx.num_layers, ctx.updates = num_layers, updates
+        ctx.bases, ctx.updates = bases, updates
         ctx.save_for_backward(x, s, *masks, *tensors)
         return outputs
 
@@ -293,19 +322,18 @@ class _LoraLinear(torch.autograd.Function):
         x, s, *saved = ctx.saved_tensors
         masks, tensors = saved[: len(updates)], saved[len(updates) :]
         needs_x, needs = ctx.needs_input_grad[2], ctx.needs_input_grad[4:]
-        dtype, first = x.dtype, 2 * ctx.num_layers
+        dtype, first = x.dtype, 3 * len(ctx.bases)
         grads: list[Tensor | None] = [None] * len(tensors)
 
         dx: Any = None  # a tensor from the first layer on, where x needs its gradient
-        for i, dy in enumerate(douts):
-            weight, bias = tensors[2 * i], tensors[2 * i + 1]
+        for i, (base, dy) in enumerate(zip(ctx.bases, douts, strict=True)):
+            weight, scale, bias = tensors[3 * i : 3 * i + 3]
             if needs_x:
-                w = weight.to(dtype)
-                dx = dy @ w if dx is None else dx.addmm_(dy, w)
-            if needs[2 * i]:
-                grads[2 * i] = (dy.T @ x).to(weight.dtype)
-            if needs[2 * i + 1]:
-                grads[2 * i + 1] = dy.sum(0).to(bias.dtype)
+                dx = base.add_input_grad(dx, dy, weight, scale)
+            if needs[3 * i]:
+                grads[3 * i] = (dy.T @ x).to(weight.dtype)
+            if needs[3 * i + 2]:
+                grads[3 * i + 2] = dy.sum(0).to(bias.dtype)
         if not updates:
             return None, None, dx, None, *grads
 
@@ -370,7 +398,8 @@ def lora_linear(
 
     Args:
         x: [M, K].
-        layers: each with weight [N, K], bias [N] or None, adapters A [R, K] and B [N, R].
+        layers: each with weight [N, K], bias [N] or None, adapters A [R, K] and B [N, R]; an int8
+            weight has a scale and is frozen (`kernels.reference_int8`).
         dropout_keys: [M] int32 from `row_keys`; None switches the adapters' dropout off.
 
     Returns:
@@ -378,7 +407,8 @@ def lora_linear(
     """
     tensors: list[Tensor | None] = []
     for layer in layers:
-        tensors += (layer.weight, layer.bias)
+        assert (layer.scale is None) == layer.weight.is_floating_point()
+        tensors += (layer.weight, layer.scale, layer.bias)
     updates: list[_Update] = []
     start = 0
     for i, layer in enumerate(layers):
@@ -389,7 +419,8 @@ def lora_linear(
             updates.append(_Update(i, columns, scaling, p, adapter.site))
             tensors += (adapter.A, adapter.B)
             start = columns.stop
-    return _LoraLinear.apply(len(layers), tuple(updates), x, dropout_keys, *tensors)
+    bases = tuple(_Base(layer.is_int8_math) for layer in layers)
+    return _LoraLinear.apply(bases, tuple(updates), x, dropout_keys, *tensors)
 
 
 # --- experts ------------------------------------------------------------------------------------

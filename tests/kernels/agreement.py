@@ -36,8 +36,8 @@ def run(operation: Operation, arguments: Sequence[object], douts: Sequence[Tenso
 
 def relative_error(found: Tensor, truth: Tensor) -> float:
     """Relative L2 error; NaN and infinity are errors without end."""
-    distance = torch.linalg.vector_norm(found.double() - truth.double())
-    size = torch.linalg.vector_norm(truth.double())
+    found, truth = found.detach().double(), truth.detach().double()
+    distance, size = torch.linalg.vector_norm(found - truth), torch.linalg.vector_norm(truth)
     error = float(distance / size) if size > 0 else float(distance)
     return error if error == error else float("inf")
 

@@ -89,9 +89,9 @@ def test_each_expert_is_a_lora_linear_of_its_own_rows(p: float, num_layers: int)
         total = torch.zeros(rows, 4, dtype=torch.float64)
         for expert in range(EXPERTS):
             own = (of_row == expert).double()[:, None]
-            weight, _, adapters = experts[expert][layer]
-            total = total + own * F.linear(x, weight)
-            for adapter in adapters:
+            operands = experts[expert][layer]
+            total = total + own * F.linear(x, operands.weight)
+            for adapter in operands.adapters:
                 kept = kernels.keep_mask(keys, width, adapter.dropout, adapter.site).double()
                 dropped = x * kept / (1 - round(p * 2**16) / 2**16)
                 total = total + own * adapter.scaling * dropped @ adapter.A.T @ adapter.B.T
