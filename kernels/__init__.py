@@ -20,7 +20,6 @@ from kernels.reference import (
     Routing,
     combine,
     dispatch,
-    dropout,
     grouped_lora_linear,
     keep_mask,
     linear_cross_entropy,
@@ -93,3 +92,12 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
         return gated.swiglu(gate, up)
     return reference.swiglu(gate, up)
+
+
+def dropout(x: Tensor, p: float, keys: Tensor | None, site: int) -> Tensor:
+    """Inverted dropout of x [M, K] (Srivastava et al. 2014); `keys` None means evaluation."""
+    if _is_fused("dropout", x):
+        from kernels import hashing
+
+        return hashing.dropout(x, p, keys, site)
+    return reference.dropout(x, p, keys, site)

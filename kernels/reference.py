@@ -23,10 +23,10 @@ from kernels.reference_int8 import dequantise, int8_linear, int8_linear_input_gr
 # --- counter-based randomness -------------------------------------------------------------------
 
 # The multipliers of the 32-bit finaliser "lowbias32" (Chris Wellons, hash-prospector), as int32.
-_MIX_1 = 0x7FEB352D
-_MIX_2 = 0x846CA68B - 2**32
+MIX_1 = 0x7FEB352D
+MIX_2 = 0x846CA68B - 2**32
 # 2^32 over the golden ratio: consecutive counters become far apart (Knuth, TAOCP vol. 3, 6.4).
-_GOLDEN = 0x9E3779B9 - 2**32
+GOLDEN = 0x9E3779B9 - 2**32
 
 
 def _shift_right(bits: Tensor, count: int, out: Tensor | None = None) -> Tensor:
@@ -37,12 +37,12 @@ def _shift_right(bits: Tensor, count: int, out: Tensor | None = None) -> Tensor:
 
 def _mix(bits: Tensor) -> Tensor:
     """Scramble int32 counters in place, so that every output bit depends on every input bit."""
-    bits.bitwise_xor_(_shift_right(bits, 16)).mul_(_MIX_1)
-    bits.bitwise_xor_(_shift_right(bits, 15)).mul_(_MIX_2)
+    bits.bitwise_xor_(_shift_right(bits, 16)).mul_(MIX_1)
+    bits.bitwise_xor_(_shift_right(bits, 15)).mul_(MIX_2)
     return bits.bitwise_xor_(_shift_right(bits, 16))
 
 
-def _low_word(value: int) -> int:
+def low_word(value: int) -> int:
     """The low 32 bits of a Python int, as the int32 that holds them."""
     return (value & 0xFFFFFFFF) - (1 << 32 if value & 0x80000000 else 0)
 
@@ -55,12 +55,12 @@ def row_keys(seed: int, sample_ids: Tensor, positions: Tensor) -> Tensor:
         sample_ids: [M] int64, the stable id of the sample each token belongs to.
         positions: [M] int64, the token's position in its sample.
     """
-    keys = torch.full_like(sample_ids, _low_word(seed), dtype=torch.int32)
-    words = (_low_word(seed >> 32), sample_ids, sample_ids >> 32, positions)
+    keys = torch.full_like(sample_ids, low_word(seed), dtype=torch.int32)
+    words = (low_word(seed >> 32), sample_ids, sample_ids >> 32, positions)
     for word in words:
         # int64 to int32 keeps the low word, which is what is wanted.
         word_M = word if isinstance(word, int) else word.to(torch.int32)
-        keys = _mix((keys + _GOLDEN).bitwise_xor_(word_M))
+        keys = _mix((keys + GOLDEN).bitwise_xor_(word_M))
     return keys
 
 
@@ -79,9 +79,9 @@ def keep_mask(keys: Tensor, width: int, p: float, site: int) -> Tensor:
         site: which dropout of the network this is; different sites draw independently.
     """
     pairs = (width + 1) // 2
-    row_keys_M = _mix((keys + _GOLDEN).bitwise_xor_(_low_word(site)))
+    row_keys_M = _mix((keys + GOLDEN).bitwise_xor_(low_word(site)))
     counters = torch.arange(pairs, dtype=torch.int32, device=keys.device)
-    column_keys = _mix(counters.mul_(_GOLDEN).add_(_low_word(site * _GOLDEN)))
+    column_keys = _mix(counters.mul_(GOLDEN).add_(low_word(site * GOLDEN)))
     threshold = round(p * 2**16) - 2**15
     keep = torch.empty(len(keys), width, dtype=torch.bool, device=keys.device)
     block = len(keys) if keys.is_cuda else max(1, _HASH_BLOCK // pairs)
@@ -89,14 +89,14 @@ def keep_mask(keys: Tensor, width: int, p: float, site: int) -> Tensor:
     for start in range(0, len(keys), block):
         bits = row_keys_M[start : start + block, None].bitwise_xor(column_keys)
         spare = shifted[: len(bits)]
-        bits.mul_(_MIX_1).bitwise_xor_(_shift_right(bits, 15, spare)).mul_(_MIX_2)
+        bits.mul_(MIX_1).bitwise_xor_(_shift_right(bits, 15, spare)).mul_(MIX_2)
         bits.bitwise_xor_(_shift_right(bits, 16, spare))
         halves = bits.view(torch.int16)[:, :width]
         torch.ge(halves, threshold, out=keep[start : start + block])
     return keep
 
 
-def _kept_scale(p: float) -> float:
+def kept_scale(p: float) -> float:
     """What a surviving value is multiplied by: 1 / (1 - p) for the p that the mask really has."""
     return 1 / (1 - round(p * 2**16) / 2**16)
 
@@ -106,7 +106,7 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, p: float, keys: Tensor, site: int) -> Tensor:
         keep = keep_mask(keys, x.shape[-1], p, site)
         ctx.save_for_backward(keep)
-        ctx.scale = _kept_scale(p)
+        ctx.scale = kept_scale(p)
         return torch.where(keep, x, 0).mul_(ctx.scale)
 
     @staticmethod
@@ -415,7 +415,7 @@ def lora_linear(
         for adapter in layer.adapters:
             columns = slice(start, start + adapter.A.shape[0])
             p = 0.0 if dropout_keys is None else adapter.dropout
-            scaling = adapter.scaling * _kept_scale(p)
+            scaling = adapter.scaling * kept_scale(p)
             updates.append(_Update(i, columns, scaling, p, adapter.site))
             tensors += (adapter.A, adapter.B)
             start = columns.stop
