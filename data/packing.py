@@ -3,7 +3,8 @@
 Language modelling: BOS + note + EOS is cut into consecutive pieces of at most `max_length` tokens
 that overlap by one. A piece's first token is never scored (no row stands before it), and it is the
 last token of the piece before, which scores it: so every token of a note is scored exactly once.
-Classification: a note is one segment, BOS + note, cut only where it is longer than `max_length`.
+Classification: a note is one segment, BOS + note (+ EOS for an encoder, whose [CLS] and [SEP] they
+are), cut only where it is longer than `max_length`.
 
 Invariant: a segment's tokens, labels and `sample_ids` depend on its note alone, never on the batch.
 """
@@ -125,9 +126,10 @@ class LanguagePieces:
 
 
 class ClassificationNotes:
-    """Whole notes as segments: BOS + note, at most `max_length` tokens in all.
+    """Whole notes as segments: BOS + note + EOS, at most `max_length` tokens in all.
 
-    Of a longer note, `truncate` keeps the head, the tail, or both (half of each). `targets` stand
+    `bos_id` or `eos_id` None leaves that token out; where they are, they survive the cut. Of a
+    longer note, `truncate` keeps the head, the tail, or both (half of each). `targets` stand
     beside `notes`: int64 [n] classes, float32 [n, C] labels, or None where there are none.
     `truncated` counts the notes that were cut.
     """
@@ -139,13 +141,16 @@ class ClassificationNotes:
         *,
         max_length: int,
         bos_id: int | None,
+        eos_id: int | None = None,
         truncate: str = "head",
         targets: np.ndarray | None = None,
     ) -> None:
         if truncate not in ("head", "tail", "both"):
             raise ValueError(f"truncate is {truncate!r}; allowed: head, tail, both")
-        if max_length < 2:
-            raise ValueError(f"max length is {max_length}; at least 2 (BOS and a token)")
+        least = 2 + (eos_id is not None)
+        if max_length < least:
+            framed = "BOS, a token" + (" and EOS" if eos_id is not None else "")
+            raise ValueError(f"max length is {max_length}; at least {least} ({framed})")
         if targets is not None and len(targets) != len(notes):
             raise ValueError(f"{len(targets)} targets for {len(notes)} notes; one each is needed")
         self.max_length = max_length
@@ -153,7 +158,8 @@ class ClassificationNotes:
         self._notes = notes
         self._targets = targets
         self._bos = np.array([] if bos_id is None else [bos_id], np.int64)
-        room = max_length - len(self._bos)
+        self._eos = np.array([] if eos_id is None else [eos_id], np.int64)
+        room = max_length - len(self._bos) - len(self._eos)
         self._head = {"head": room, "tail": 0, "both": (room + 1) // 2}[truncate]
         self._tail = room - self._head
         lengths = cache.lengths(notes)
@@ -168,14 +174,16 @@ class ClassificationNotes:
         return len(self._notes)
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
-        """Tokens of each segment, BOS included: int64 [n]."""
-        whole = self._cache.lengths(self._notes[indices]) + len(self._bos)
+        """Tokens of each segment, BOS and EOS included: int64 [n]."""
+        framing = len(self._bos) + len(self._eos)
+        whole = self._cache.lengths(self._notes[indices]) + framing
         return np.minimum(whole, self.max_length)
 
     def batch(self, indices: np.ndarray) -> PackedBatch:
         """The notes as one stream, with their targets."""
         rows = self._notes[indices].astype(np.int64)
-        input_ids, offsets = _join([np.concatenate((self._bos, self._cut(row))) for row in rows])
+        segments = [np.concatenate((self._bos, self._cut(row), self._eos)) for row in rows]
+        input_ids, offsets = _join(segments)
         targets = None if self._targets is None else self._targets[indices]
         return PackedBatch(input_ids, None, offsets, rows * PIECES_LIMIT, targets, rows)
 

@@ -1,4 +1,4 @@
-"""Tokenizers: sentencepiece (`tokenizer.model`) and `tokenizer.json`, adding no special tokens.
+"""Tokenizers: sentencepiece (`tokenizer.model`), WordPiece and `tokenizer.json`.
 
 `encode` never adds BOS or EOS (packing does), and text that spells a special token stays text: a
 note that says "</s>" must not end a segment. Special ids come from the tokenizer's files; a preset
@@ -21,8 +21,11 @@ from typing import NamedTuple
 import numpy as np
 import sentencepiece
 
+from data.wordpiece import WORD_CHARACTERS as PIECE_CHARACTERS
+from data.wordpiece import WordPiece
+
 SPACE = "\u2581"  # sentencepiece's escaped space
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")  # the first that is there is read
+TOKENIZER_FILES = ("tokenizer.model", "vocab.txt", "tokenizer.json")  # the first one is read
 WORDS_KEPT = 1 << 18  # words in the table before it starts again
 TOKENIZER_LIMIT = 1 << 28  # bytes of a tokenizer file; the largest published have 40 MB
 WORD_CHARACTERS = 64  # longer words are encoded each time they come
@@ -49,6 +52,8 @@ class Tokenizer(abc.ABC):
     path: Path  # the file it was read from
     vocab_size: int  # every id is below it
     special: SpecialIds
+    # Whether a note that is classified ends in EOS: an encoder's [SEP].
+    closes_notes: bool = False
 
     @abc.abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -86,15 +91,27 @@ class Tokenizer(abc.ABC):
 def load_tokenizer(path: str | Path, preset: str | None = None) -> Tokenizer:
     """Reads the tokenizer of a checkpoint folder, or one tokenizer file.
 
-    `tokenizer.model` is taken before `tokenizer.json` when a folder has both. Raises ValueError for
-    a folder without either, a file that is neither, a preset that is not known, and special ids
-    outside the vocabulary.
+    `tokenizer.model` is taken first, then BERT's `vocab.txt`, then `tokenizer.json`. A
+    `tokenizer.json` of a BERT is read as its `vocab.txt` would be; others need the library
+    tokenizers. Raises ValueError for a folder with none of them, a file that is none of them, a
+    preset that is not known, and special ids outside the vocabulary.
     """
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"tokenizer preset {preset!r} is not known; known: {', '.join(PRESETS)}")
     file = _tokenizer_file(Path(path))
-    kind = _JsonTokenizer if file.suffix == ".json" else _SentencepieceTokenizer
-    tokenizer: Tokenizer = kind(file)
+    tokenizer: Tokenizer
+    if file.suffix == ".txt":
+        tokenizer = _WordPieceTokenizer(file, *_read_vocabulary(file))
+    elif file.suffix == ".json":
+        content = _read_file(file)
+        wordpiece = _read_wordpiece_json(file, content)
+        tokenizer = (
+            _JsonTokenizer(file, content)
+            if wordpiece is None
+            else _WordPieceTokenizer(file, *wordpiece)
+        )
+    else:
+        tokenizer = _SentencepieceTokenizer(file)
     if preset is not None:
         filled = (
             own if own is not None else default
@@ -122,8 +139,8 @@ def _tokenizer_file(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     raise ValueError(
-        f"{path}: no tokenizer.model and no tokenizer.json here; name a checkpoint folder that has "
-        f"one of them"
+        f"{path}: no tokenizer.model, vocab.txt or tokenizer.json here; name a checkpoint folder "
+        f"that has one of them"
     )
 
 
@@ -180,7 +197,7 @@ class _SentencepieceTokenizer(Tokenizer):
 class _JsonTokenizer(Tokenizer):
     """A `tokenizer.json`, read by the tokenizers library; special ids from the files beside it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, content: bytes) -> None:
         try:
             import tokenizers
         except ImportError:
@@ -189,7 +206,6 @@ class _JsonTokenizer(Tokenizer):
                 f"pip install tokenizers, or name a sentencepiece tokenizer.model"
             ) from None
         self.path = path
-        content = _read_file(path)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises plain Exception
@@ -241,6 +257,129 @@ class _JsonTokenizer(Tokenizer):
         if isinstance(value, list):  # Llama 3 lists several end tokens: the first ends a document
             value = value[0] if value else None
         return value if type(value) is int else None
+
+
+class _Rules(NamedTuple):
+    """How a BERT's text is prepared; see `data.wordpiece`."""
+
+    lowercase: bool
+    strip_accents: bool
+    split_cjk: bool
+
+
+_BERT_TOKENS = {"unk": "[UNK]", "bos": "[CLS]", "eos": "[SEP]", "pad": "[PAD]"}
+_BERT_NAMES = {"unk": "unk_token", "bos": "cls_token", "eos": "sep_token", "pad": "pad_token"}
+
+
+class _WordPieceTokenizer(Tokenizer):
+    """A BERT's vocabulary: [CLS] is BOS and [SEP] is EOS."""
+
+    closes_notes = True
+
+    def __init__(self, path: Path, pieces: Sequence[str], rules: _Rules) -> None:
+        self.path = path
+        self.vocab_size = len(pieces)
+        self._pieces = pieces
+        vocabulary = {piece: id for id, piece in enumerate(pieces)}
+        config = _read_json(path.parent / "tokenizer_config.json")
+        found = {}
+        for name, default in _BERT_TOKENS.items():
+            token = config.get(_BERT_NAMES[name]) or default
+            token = token.get("content") if isinstance(token, dict) else token
+            if token not in vocabulary:
+                raise ValueError(
+                    f"{path}: the vocabulary lacks {token!r}, which marks a text for a BERT; is "
+                    "it another file under this name?"
+                )
+            found[name] = vocabulary[token]
+        self.special = SpecialIds(**found)
+        self._words = WordPiece(
+            vocabulary,
+            unk_id=found["unk"],
+            dtype=token_dtype(self.vocab_size),
+            **rules._asdict(),
+        )
+        described = json.dumps([pieces, rules, self.special])
+        self._digest = hashlib.sha256(f"wordpiece {described}".encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return self._words.encode(text).tolist()
+
+    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self._words.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(self._pieces[int(id)] for id in ids).replace(" ##", "")
+
+    def fingerprint(self) -> str:
+        return self._digest
+
+
+def _read_vocabulary(path: Path) -> tuple[list[str], _Rules]:
+    """The pieces of a vocab.txt, one a line, and what the file beside it says of the text."""
+    try:
+        lines = _read_file(path).decode().replace("\r\n", "\n").split("\n")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not text in UTF-8; fetch the file again") from None
+    pieces = lines[:-1] if lines[-1] == "" else lines
+    config = _read_json(path.parent / "tokenizer_config.json")
+    settings = {
+        name: config.get(name)
+        for name in ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
+    }
+    for name, value in settings.items():
+        if value not in (None, True, False):
+            raise ValueError(f"{path.parent}/tokenizer_config.json: {name} is not true or false")
+    lowercase = settings["do_lower_case"]
+    if lowercase is None:
+        # Older folders do not say; a cased vocabulary has capitals, an uncased one has none.
+        lowercase = all(piece == piece.lower() for piece in pieces if not piece.startswith("["))
+    return pieces, _rules(lowercase, settings["strip_accents"], settings["tokenize_chinese_chars"])
+
+
+def _rules(lowercase: bool, strip_accents: bool | None, split_cjk: bool | None) -> _Rules:
+    return _Rules(
+        lowercase=lowercase,
+        strip_accents=lowercase if strip_accents is None else strip_accents,
+        split_cjk=split_cjk is not False,
+    )
+
+
+def _read_wordpiece_json(path: Path, content: bytes) -> tuple[list[str], _Rules] | None:
+    """The same of a tokenizer.json whose model is BERT's WordPiece; None for any other."""
+    if b'"WordPiece"' not in content:
+        return None
+    raw = _read_json(path)
+    model, normalizer = raw.get("model"), raw.get("normalizer")
+    if not isinstance(model, dict) or model.get("type") != "WordPiece":
+        return None
+    vocabulary = model.get("vocab")
+    is_bert = (
+        isinstance(normalizer, dict)
+        and normalizer.get("type") == "BertNormalizer"
+        and normalizer.get("clean_text") is True
+        and raw.get("pre_tokenizer") == {"type": "BertPreTokenizer"}
+        and model.get("continuing_subword_prefix") == "##"
+        and model.get("max_input_chars_per_word") == PIECE_CHARACTERS
+    )
+    if not is_bert or not isinstance(vocabulary, dict):
+        raise ValueError(
+            f"{path}: its text is not prepared as BERT's is, which alone is read of WordPiece"
+        )
+    assert isinstance(normalizer, dict)
+    try:
+        pieces = sorted(vocabulary, key=vocabulary.__getitem__)
+    except TypeError:
+        pieces = []
+    added = raw.get("added_tokens") or []
+    known = all(vocabulary.get(token["content"]) == token["id"] for token in added)
+    if list(map(vocabulary.get, pieces)) != list(range(len(vocabulary))) or not known:
+        raise ValueError(f"{path}: the ids of the vocabulary are not 0, 1, 2, ...")
+    return pieces, _rules(
+        bool(normalizer.get("lowercase")),
+        normalizer.get("strip_accents"),
+        normalizer.get("handle_chinese_chars"),
+    )
 
 
 def _read_json(path: Path) -> dict:

@@ -154,6 +154,7 @@ def make_dataset(
         rows,
         max_length=config.max_length,
         bos_id=notes.tokenizer.bos_id,
+        eos_id=notes.tokenizer.eos_id if notes.tokenizer.closes_notes else None,
         truncate=config.truncate,
         targets=notes.cache.label_codes(rows, label_names) if is_labelled else None,
     )

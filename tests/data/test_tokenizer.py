@@ -252,7 +252,7 @@ def bad_folder(tmp_path: Path, tokenizer_folder: Path, json_folder: Path, case: 
 @pytest.mark.parametrize(
     ("case", "says"),
     [
-        ("empty folder", "no tokenizer.model and no tokenizer.json"),
+        ("empty folder", "no tokenizer.model, vocab.txt or tokenizer.json"),
         ("cut model", "not a sentencepiece model"),
         ("text model", "not a sentencepiece model"),
         ("empty model", "not a sentencepiece model"),
