@@ -14,6 +14,7 @@ from typing import TypeGuard, TypeVar
 
 ALL_LINEAR = "all-linear"
 MAX_RANK = 65536
+MAX_PATTERN = 10_000  # characters
 MAX_ALPHA = 1e9  # float32 arithmetic stays finite
 
 _Value = TypeVar("_Value")
@@ -99,6 +100,13 @@ class LoraConfig:
         """Whether the module of this full name is left out, whatever `target_modules` says."""
         return _selects(self.exclude_modules, module) or _selects(self.modules_to_save, module)
 
+    def patterns(self) -> list[str]:
+        """Every regular expression of the settings, each to be matched with a whole name."""
+        selecting = [] if self.is_all_linear else [self.target_modules]
+        selecting.append(self.exclude_modules)
+        keys = [*self.rank_pattern, *self.alpha_pattern]
+        return [p for p in selecting if isinstance(p, str)] + [_anchored(key) for key in keys]
+
     @property
     def is_all_linear(self) -> bool:
         targets = self.target_modules
@@ -112,6 +120,11 @@ def pattern_matches(pattern: str, layer: str) -> bool:
 
 def _anchored(pattern: str) -> str:
     return rf"(.*\.)?({pattern})$"
+
+
+def shorten(pattern: str) -> str:
+    """A pattern for a message, where a long one would be no line."""
+    return repr(pattern if len(pattern) <= 80 else f"{pattern[:77]}...")
 
 
 def name_matches(target: str, layer: str) -> bool:
@@ -168,7 +181,14 @@ def _check_names(setting: str, names: object, *, allow_pattern: bool = True) -> 
 
 
 def _check_pattern(setting: str, pattern: str) -> None:
+    if len(pattern) > MAX_PATTERN:
+        raise ValueError(
+            f"{setting}: {shorten(pattern)} has {len(pattern):,} characters; a regular expression "
+            f"may have {MAX_PATTERN:,}"
+        )
     try:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{setting}: {pattern!r} is not a regular expression ({error})") from error
+        raise ValueError(
+            f"{setting}: {shorten(pattern)} is not a regular expression ({error})"
+        ) from error

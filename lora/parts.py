@@ -17,7 +17,7 @@ from torch import Tensor
 from lora.peft_format import TENSORS_FILE, find_adapter, stored_head
 from model.checkpoint import base_fingerprint, empty_classifier, weights_metadata
 from model.config import read_config, read_decoder_config
-from model.files import check_files, file_digest, open_safetensors, read_sealed_json
+from model.files import check_files, file_digest, open_safetensors, read_finite, read_sealed_json
 from model.heads import CausalLM, Model
 
 RUN_FILE, HEAD_FILE, ADAPTERS = "run.json", "head.safetensors", "adapter"
@@ -70,12 +70,13 @@ def parts_of_run(run: Path) -> Parts:
     head: dict[str, Tensor] = {}
     if record["labels"]:
         with open_safetensors(run / HEAD_FILE) as file:
-            head = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            head = {
+                name: read_finite(file, name, path=run / HEAD_FILE) for name in sorted(file.keys())
+            }
         for name, tensor in head.items():
-            fits = tensor.dim() > 0 and len(tensor) == len(record["labels"])
-            if not fits or not tensor.isfinite().all():
+            if tensor.dim() == 0 or len(tensor) != len(record["labels"]):
                 raise ValueError(
-                    f"{run / HEAD_FILE}: {name} is not finite with one row for each of the "
+                    f"{run / HEAD_FILE}: {name} does not have one row for each of the "
                     f"{len(record['labels'])} labels in {RUN_FILE}"
                 )
     return Parts(

@@ -11,6 +11,8 @@ What is written keeps to the keys that every release of PEFT since 0.5 reads, an
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora.attach import (
+    HEADS,
     adapter_config,
     adapter_state,
     attach,
@@ -26,8 +29,16 @@ from lora.attach import (
     load_adapter_state,
     targeted_layers,
 )
-from lora.config import LoraConfig, name_matches
-from model.files import new_folder, open_safetensors, read_json, sync, write_json, write_safetensors
+from lora.config import LoraConfig, name_matches, shorten
+from model.files import (
+    new_folder,
+    open_safetensors,
+    read_finite,
+    read_json,
+    sync,
+    write_json,
+    write_safetensors,
+)
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -69,6 +80,16 @@ _NOT_IN_USE: dict[str, tuple[Any, ...]] = {
     "megatron_core": ("megatron.core",),
     "qalora_group_size": (16,),
 }
+# Matches patterns with names, as `LoraConfig` does afterwards, and says nothing.
+_TRIAL = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for pattern in patterns:
+    for name in names:
+        re.fullmatch(pattern, name)
+"""
+_TRIAL_SECONDS = 5  # patterns in use take milliseconds
+
 # Each fits into float32 without rounding.
 _FLOATS = ("F32", "F16", "BF16")
 
@@ -171,6 +192,7 @@ def read_adapter(model: nn.Module, folder: Path) -> StoredAdapter:
     folder = find_adapter(folder)
     config = read_adapter_config(folder)
     try:
+        _check_matching_ends(config, model)
         config, heads = _fit(config, model)
         layers = targeted_layers(model, config)
     except ValueError as error:
@@ -303,6 +325,31 @@ def shortest_targets(layers: tuple[str, ...], model: nn.Module) -> list[str]:
     return list(short_names if by_short_names.keys() == set(layers) else layers)
 
 
+def _check_matching_ends(config: LoraConfig, model: nn.Module) -> None:
+    """Refuse regular expressions that take too long on the names of the model's modules.
+
+    A match can take exponential time and cannot be interrupted, so it is tried in a process of its
+    own, which can.
+    """
+    patterns = config.patterns()
+    if not patterns:
+        return
+    names = [*HEADS, *(name for name, _ in model.named_modules())]
+    try:
+        subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _TRIAL],
+            input=json.dumps([patterns, names]),
+            text=True,
+            check=True,
+            timeout=_TRIAL_SECONDS,
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(
+            f"its regular expressions ({', '.join(map(shorten, patterns[:3]))}) take more than "
+            f"{_TRIAL_SECONDS} seconds to match the names of the model's layers; list the names"
+        ) from None
+
+
 def _fit(config: LoraConfig, model: nn.Module) -> tuple[LoraConfig, dict[str, nn.Module]]:
     """Drop targets that PEFT lets stand without effect, and find the heads the file must hold too.
 
@@ -352,11 +399,7 @@ def _read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
                 raise ValueError(
                     f"{path}: {key} is {tensor.get_dtype()}; allowed: {', '.join(_FLOATS)}"
                 )
-        tensors = {key: file.get_tensor(f"{_PREFIX}{key}") for key in shapes}
-    for key, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{path}: {_PREFIX}{key} holds a value that is not finite")
-    return tensors
+        return {key: read_finite(file, f"{_PREFIX}{key}", path=path) for key in shapes}
 
 
 def _check_replaceable(folder: Path, name: str) -> None:

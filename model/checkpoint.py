@@ -2,8 +2,8 @@
 
 Parameter names in the code are the names on the disk; BERT checkpoints have a few older spellings
 besides, and heads of their pretraining, which `_name_in_model` knows. The invariant: a model is
-filled by exactly the tensors it has, name by name and shape by shape, or not at all; and everything
-is known to match before memory is asked for.
+filled by exactly the tensors it has, name by name and shape by shape, all of them finite, or not at
+all; and everything is known to match before memory is asked for.
 """
 
 import functools
@@ -30,6 +30,7 @@ from model.files import (
     folder_digest,
     new_folder,
     open_safetensors,
+    read_finite,
     read_json,
     write_json,
     write_safetensors,
@@ -383,7 +384,7 @@ def _check_equal(places: Mapping[str, Place], a: str, b: str) -> None:
     found = []
     for place in (places[a], places[b]):
         with open_safetensors(place.file) as file:
-            found.append(file.get_tensor(place.key))
+            found.append(read_finite(file, place.key, path=place.file))
     if not torch.equal(*found):
         raise ValueError(
             f"{places[a].file} holds {a} and it differs from {b}, but config.json ties them; set "
@@ -402,7 +403,7 @@ def _read(
                 tensors[name] = (
                     torch.empty(file.get_slice(key).get_shape(), dtype=dtype, device=device)
                     if is_meta
-                    else file.get_tensor(key).to(device, dtype)
+                    else read_finite(file, key, path=path, dtype=dtype, device=device)
                 )
     return tensors
 

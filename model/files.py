@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -65,6 +66,31 @@ def open_safetensors(path: Path) -> Iterator[Any]:
         raise ValueError(
             f"{path} is not a complete safetensors file ({error}); copy or download it again"
         ) from error
+
+
+def read_finite(
+    file: Any,
+    name: str,
+    *,
+    path: Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Read a tensor of `path`, open as `file`, as `dtype` (None: as stored), and check its values.
+
+    A NaN or an infinity would travel through every step without a word, so it is a ValueError, as
+    is a value too large for `dtype`. The check is one pass over the tensor without a copy.
+    """
+    stored = file.get_tensor(name)
+    tensor = stored.to(device, dtype or stored.dtype)
+    ends = torch.aminmax(tensor) if tensor.numel() else ()  # both are NaN if one value is
+    if not all(end.isfinite() for end in ends):
+        raise ValueError(
+            f"{path}: {name} holds a value that is not finite"
+            f"{'' if tensor.dtype == stored.dtype else f' as {str(tensor.dtype)[6:]}'}; "
+            "copy or download the file again, or make it anew"
+        )
+    return tensor
 
 
 def file_inside(folder: Path, name: str) -> Path:

@@ -8,6 +8,7 @@ import csv
 import gzip
 import io
 import json
+import math
 import os
 import random
 import shutil
@@ -226,6 +227,41 @@ def test_shards(case: str, place: Place, refuse: Refuse) -> None:
     index = shard(place)
     damage(index, sorted(place.base.glob("model-*.safetensors"))[0])
     refuse(place.train("clinical"), message)
+
+
+def poison(path: Path, value: float, dtype: torch.dtype = torch.float32) -> str:
+    """Put one value into the first tensor of a file; returns the tensor's name."""
+    tensors = {name: tensor.to(dtype).clone() for name, tensor in load_file(path).items()}
+    name = min(tensors)
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, path, {"format": "pt"})
+    return name
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("stage", ["clinical", "downstream"])
+def test_weights_that_are_not_finite(
+    stage: str, value: float, place: Place, refuse: Refuse
+) -> None:
+    shard(place)
+    path = sorted(place.base.glob("model-*.safetensors"))[0]
+    name = poison(path, value)
+    words = place.train(stage, without=["init-adapter"])
+    refuse(words, f"{path}: {name} holds a value that is not finite;")
+
+
+def test_weights_too_large_for_the_format_they_are_read_in(place: Place, refuse: Refuse) -> None:
+    name = poison(place.base / "model.safetensors", 1e300, torch.float64)
+    refuse(place.train("clinical"), f"{name} holds a value that is not finite as float32;")
+
+
+def test_an_infinite_matrix_that_is_stored_twice(place: Place, refuse: Refuse) -> None:
+    path = place.base / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    tensors["model.embed_tokens.weight"][0] = math.nan
+    rewrite_json(place.base / "config.json", tie_word_embeddings=True)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path)
+    refuse(place.train("clinical"), "holds a value that is not finite;")
 
 
 def header_of(content: bytes) -> dict[str, Any]:
@@ -515,6 +551,8 @@ ADAPTER_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown target": ({"target_modules": ["q_prj"]}, "the nearest names are q_proj"),
     "another target": ({"target_modules": ["k_proj", "v_proj"]}, "does not match"),
     "the head": ({"target_modules": ["q_proj", "lm_head"]}, "does not match"),
+    "a pattern without end": ({"target_modules": r"(.*)*(.*)*(.*)*x"}, "5 seconds to match"),
+    "a pattern of a book": ({"target_modules": ".*q_proj|" * 20_000}, "180,000 characters"),
     "broken pattern": ({"target_modules": "(q_proj"}, "not a regular expression"),
     "endless pattern": ({"target_modules": "q{99999999999}"}, "not a regular expression"),
     "pattern with a flag": ({"rank_pattern": {"(?i)q_proj": 4}}, "not a regular expression"),
@@ -552,6 +590,23 @@ def test_adapter_tensors(case: str, place: Place, refuse: Refuse) -> None:
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     save_file(change(tensors), path)
     refuse(place.train("downstream", init_adapter=place.adapter), message)
+
+
+def test_an_adapter_without_the_one_below_it(place: Place, refuse: Refuse) -> None:
+    above, below = (place.label_run / "adapter" / name for name in ("downstream", "clinical"))
+    refuse(
+        place.train("downstream", init_adapter=above),
+        f"{above} was trained on top of {below} and means nothing alone",
+    )
+
+
+def test_a_first_adapter_of_a_downstream_run_is_whole(place: Place) -> None:
+    """Without an init adapter the downstream adapter stands on the base itself."""
+    first = place.root / "first"
+    words = place.train("downstream", without=["init-adapter"], out=first)
+    assert train.main(words) == CODE_DONE
+    words = place.train("downstream", init_adapter=first / "adapter" / "downstream")
+    assert train.main(words) == CODE_DONE
 
 
 LONG = "x" * 300

@@ -302,6 +302,13 @@ def _check_run_adapter(adapter: Path) -> None:
     record = read_record(run)
     if not record["finished"]:
         raise ValueError(f"the run in {run} has not ended; continue it with --resume")
+    names = record["adapters"]
+    if adapter.name in names[1:]:
+        below = adapter.parent / names[names.index(adapter.name) - 1]
+        raise ValueError(
+            f"--init-adapter {adapter} was trained on top of {below} and means nothing alone; give "
+            "that one, or merge the run into a base (python -m lora.merge) and train on it"
+        )
     of_adapter = f"adapter/{adapter.name}/"
     files = {name: file for name, file in record["files"].items() if name.startswith(of_adapter)}
     check_files(run, files)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from data.loader import Loader
 from model.ending import RunFailed, Stopped
-from model.files import write_json
 from training.checkpoint import (
     check_checkpoint,
     load_weights,
@@ -36,7 +35,6 @@ from training.progress import Progress
 from training.step import NonFinite, dropout_seed_of, optimiser_step
 
 _VALIDATIONS_IN_A_RUN = 5  # where --eval-every does not say
-_BEST_FILE = "best.json"
 
 
 @dataclass
@@ -210,8 +208,6 @@ class Loop:
                 "metrics_lines": progress.sync(),
             },
         )
-        if self.position.best is not None:
-            write_json(self._checkpoints / _BEST_FILE, self.position.best)
         self._prune()
 
     def _prune(self) -> None:
