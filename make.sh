@@ -10,7 +10,7 @@
 #
 #   bash make.sh wheels KIND DIR     fills DIR with every wheel of the lock; on a connected machine
 #   bash make.sh offline KIND DIR    makes .venv from DIR alone; KIND is cpu or cuda
-#   bash make.sh lock KIND [DIR]     writes the lock anew; cpu takes torch's wheels from DIR
+#   bash make.sh lock KIND [DIR]     writes the lock anew; cpu reads torch's wheel in DIR
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -91,15 +91,17 @@ offline() {
 
 # lock KIND [DIR]: asks PyPI alone, whatever else this machine is set up to ask, so no private host gets in.
 lock() {
-    local extras=(--extra mimic --extra tensorboard --extra tokenizers) torch=() aside about
+    local extras=(--extra mimic --extra report --extra search --extra tensorboard --extra tokenizers) torch=() aside about
     about="Torch is the build on PyPI, which brings CUDA 13."
     aside=$(mktemp -d)
     if [[ $1 == cpu ]]; then
         need_lock "$1" "${2:-}"
+        # The wheel that is read is one of those published, whose hashes go into the lock.
+        (cd "$2" && sha256sum --check --quiet --ignore-missing -) <locks/torch-cpu.sha256
         echo "torch==2.13.0+cpu" >"$aside/override.txt"
         grep -E '^[a-z]' locks/cuda.txt | grep -v '^torch==' | tr -d ' \\' >"$aside/constraint.txt"
         torch=(--override "$aside/override.txt" --constraint "$aside/constraint.txt" --find-links "$2")
-        about="Torch is PyTorch's CPU build, for the Pythons whose wheels were at hand."
+        about="Torch is PyTorch's CPU build; locks/torch-cpu.sha256 names its wheels."
     fi
     {
         echo "# Every package of a run on Linux x86_64, CPython 3.11 and 3.12, with the hashes of its files."
@@ -109,6 +111,13 @@ lock() {
             --python-version 3.11 --python-platform x86_64-manylinux_2_28 --generate-hashes --no-config \
             --no-annotate --no-header --quiet "${torch[@]}"
     } >"$aside/lock.txt"
+    if [[ $1 == cpu ]]; then
+        awk 'FNR == NR { hashes = hashes " \\\n    --hash=sha256:" $1; next }
+            /^torch==/ { print $1 hashes; in_torch = 1; next }
+            in_torch && /^ / { next }
+            { in_torch = 0; print }' locks/torch-cpu.sha256 "$aside/lock.txt" >"$aside/published.txt"
+        mv "$aside/published.txt" "$aside/lock.txt"
+    fi
     mv "$aside/lock.txt" "locks/$1.txt"
     rm -r "$aside"
 }

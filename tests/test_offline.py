@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 from tests.evaluation.conftest import base, notes  # noqa: F401 (fixtures)
 
 KINDS = ("cpu", "cuda")
-LOCKED_EXTRAS = ("mimic", "tensorboard", "tokenizers")
+LOCKED_EXTRAS = ("mimic", "report", "search", "tensorboard", "tokenizers")
 
 
 def pins(kind: str) -> dict[str, tuple[str, list[str]]]:
@@ -49,6 +49,21 @@ def test_the_locks_differ_in_torch_and_nvidia_alone() -> None:
     assert cpu.pop("torch") == f"{cuda.pop('torch')}+cpu"
     extra = {name for name in cuda if name.startswith(("nvidia-", "cuda-"))}
     assert cpu == {name: version for name, version in cuda.items() if name not in extra}
+
+
+def test_the_cpu_lock_takes_the_published_wheels_of_torch() -> None:
+    lines = (ROOT / "locks" / "torch-cpu.sha256").read_text(encoding="utf-8").splitlines()
+    digests, names = zip(*(line.split() for line in lines), strict=True)
+    version, hashes = pins("cpu")["torch"]
+    wheel = f"torch-{version}-{{0}}-{{0}}-manylinux_2_28_x86_64.whl"
+    assert list(names) == [wheel.format(python) for python in ("cp311", "cp312")]
+    assert hashes == [f"--hash=sha256:{digest}" for digest in digests]
+
+
+def test_no_lock_names_a_server() -> None:
+    for path in (ROOT / "locks").iterdir():
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"https?:|index-url|find-links|@", text), path.name
 
 
 def without_network() -> list[str]:
