@@ -169,6 +169,8 @@ class AdmissionNotes:
     reached the end.
     """
 
+    group_names: tuple[str, ...] = ()
+
     def __init__(
         self, folder: Path, tables: dict[str, Path], task: str, spill_folder: Path | None
     ) -> None:

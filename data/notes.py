@@ -25,30 +25,40 @@ LINE_LIMIT = 1 << 26  # bytes in a line, characters in a field: far above any no
 # packs five times, a table of repeated templates some fifty times, and a bomb a thousand times.
 BOMB_BYTES, BOMB_RATIO = 1 << 28, 200
 FORMATS = ".csv, .csv.gz, .jsonl, .jsonl.gz, .parquet, .txt, a folder of .txt, or MIMIC-IV-Note"
+AGE_COLUMNS = ("age", "anchor_age")  # casefolded
 MIMIC_IV_NOTE = frozenset(
     ("note_id", "subject_id", "hadm_id", "note_type", "note_seq", "charttime", "storetime", "text")
 )
 
 
 class Note(NamedTuple):
-    """One note; a source gives every note a patient or none, and a label only where it has one."""
+    """One note; a source gives every note a patient or none, and a label only where it has one.
+
+    groups: what results are also told apart by, one value for each of the source's `group_names`
+    (None where it is not known): a few categories such as sex or age band, never an identifier.
+    """
 
     text: str
     patient: str | None = None
     label: str | None = None
+    groups: tuple[str | None, ...] = ()
 
 
 class NoteSource(Protocol):
     """A sequence of notes that can be read again and again, in the same order."""
 
     description: str  # one line for people: file, columns
+    group_names: tuple[str, ...]  # of `Note.groups`, for example ("sex", "age"); often none
 
     def __iter__(self) -> Iterator[Note]:
         """Yields every note in order; raises ValueError for a damaged source."""
         ...
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of everything that decides the notes: the content and the columns used."""
+        """SHA-256 (hex) of everything that decides the notes: the content and the columns used.
+
+        Groups are none of it: they are read when results are told apart, never trained on.
+        """
         ...
 
 
@@ -58,9 +68,16 @@ class Columns(NamedTuple):
     text: str
     label: str | None = None
     patient: str | None = None
+    groups: tuple[str, ...] = ()
+
+    def roles(self) -> list[tuple[str, str]]:
+        """(role, column) of every column that is read."""
+        single = zip(("text", "label", "patient"), self[:3], strict=True)
+        roles = [(role, name) for role, name in single if name is not None]
+        return roles + [("subgroup", name) for name in self.groups]
 
     def named(self) -> list[str]:
-        return [name for name in self if name is not None]
+        return [name for _, name in self.roles()]
 
 
 def open_notes(
@@ -69,16 +86,19 @@ def open_notes(
     text_column: str | None = None,
     label_column: str | None = None,
     patient_column: str | None = None,
+    group_columns: Sequence[str] = (),
 ) -> NoteSource:
     """Opens a table or a folder of notes; the header is checked now, the rows when they are read.
 
-    Without a text column, `text` is read. A table with the columns of MIMIC-IV-Note's
-    discharge.csv.gz and radiology.csv.gz has its patients in `subject_id`; a folder with such
-    tables is read as all of them, one after the other. Raises ValueError for a path that does not
-    exist, a format that is not known, a column that is missing or doubled, and an empty file.
+    group_columns: categories that become `Note.groups`; a column named age (in either case, also
+    anchor_age) holds years and becomes bands. Without a text column, `text` is read. A table with
+    the columns of MIMIC-IV-Note's discharge.csv.gz and radiology.csv.gz has its patients in
+    `subject_id`; a folder with such tables is read as all of them, one after the other.
+    Raises ValueError for a path that does not exist, a format that is not known, a column that is
+    missing or doubled, and an empty file.
     """
     path = Path(path)
-    columns = Columns(text_column or "text", label_column, patient_column)
+    columns = Columns(text_column or "text", label_column, patient_column, tuple(group_columns))
     if path.is_dir():
         return _open_folder(path, columns, text_column)
     if not path.is_file():
@@ -91,7 +111,7 @@ def open_notes(
     if path.suffix.lower() == ".parquet":
         return ParquetNotes(path, columns)
     if path.suffix.lower() == ".txt":
-        _refuse_columns(path, label_column, patient_column, text_column)
+        _refuse_columns(path, label_column, patient_column, text_column, *group_columns)
         return TextFiles([path], str(path))
     raise ValueError(f"{path}: this format is not known; notes are read from {FORMATS}")
 
@@ -106,7 +126,9 @@ class CsvNotes:
         _check_columns(path, header, columns)
         self._path = path
         self._columns = columns
-        self._places = [None if name is None else header.index(name) for name in columns]
+        self._places = [None if name is None else header.index(name) for name in columns[:3]]
+        self._group_places = [header.index(name) for name in columns.groups]
+        self.group_names = columns.groups
         self._width = len(header)
         self.description = _describe(path, columns)
 
@@ -130,6 +152,9 @@ class CsvNotes:
                 row[text_at],
                 None if label_at is None else row[label_at] or None,
                 None if patient_at is None else row[patient_at],
+                _group_values(
+                    self._path, record, self.group_names, [row[at] for at in self._group_places]
+                ),
             )
         if record == 0:
             raise _no_notes(self._path)
@@ -148,10 +173,11 @@ class JsonLinesNotes:
         _check_columns(path, list(_json_object(path, 1, first)), columns)
         self._path = path
         self._columns = columns
+        self.group_names = columns.groups
         self.description = _describe(path, columns)
 
     def __iter__(self) -> Iterator[Note]:
-        text_key, label_key, patient_key = self._columns
+        text_key, label_key, patient_key, group_keys = self._columns
         record = 0
         for line, content in enumerate(_lines(self._path), 1):
             if not content.strip():
@@ -169,6 +195,12 @@ class JsonLinesNotes:
                 _text_value(self._path, record, text_key, values[text_key]),
                 _id_value(self._path, record, label_key, values),
                 _id_value(self._path, record, patient_key, values),
+                _group_values(
+                    self._path,
+                    record,
+                    group_keys,
+                    [_id_value(self._path, record, key, values) for key in group_keys],
+                ),
             )
         if record == 0:
             raise _no_notes(self._path)
@@ -185,6 +217,7 @@ class ParquetNotes:
         self._columns = columns
         header = [row[0] for row in _parquet_rows(path, "DESCRIBE SELECT *")]
         _check_columns(path, header, columns)
+        self.group_names = columns.groups
         self.description = _describe(path, columns)
 
     def __iter__(self) -> Iterator[Note]:
@@ -199,6 +232,12 @@ class ParquetNotes:
                 _text_value(self._path, record, self._columns.text, values[self._columns.text]),
                 _id_value(self._path, record, self._columns.label, values),
                 _id_value(self._path, record, self._columns.patient, values),
+                _group_values(
+                    self._path,
+                    record,
+                    self.group_names,
+                    [_id_value(self._path, record, name, values) for name in self.group_names],
+                ),
             )
         if record == 0:
             raise _no_notes(self._path)
@@ -209,6 +248,8 @@ class ParquetNotes:
 
 class TextFiles:
     """Notes from text files, one note a file, in the order given."""
+
+    group_names: tuple[str, ...] = ()
 
     def __init__(self, paths: Sequence[Path], description: str) -> None:
         for path in paths:
@@ -227,7 +268,7 @@ class TextFiles:
                 text = content.decode()
             except UnicodeDecodeError as error:
                 raise _not_utf8(path, f"byte {error.start}") from None
-            yield _checked_note(path, 1, text, None, None)
+            yield _checked_note(path, 1, text, None, None, ())
 
     def fingerprint(self) -> str:
         return _fingerprint("text", Columns("text"), map(_file_digest, self._paths))
@@ -238,6 +279,8 @@ class ChainedNotes:
 
     def __init__(self, sources: Sequence[NoteSource]) -> None:
         self._sources = sources
+        self.group_names = sources[0].group_names
+        assert all(source.group_names == self.group_names for source in sources)
         self.description = "; ".join(source.description for source in sources)
 
     def __iter__(self) -> Iterator[Note]:
@@ -271,7 +314,7 @@ def _open_folder(folder: Path, columns: Columns, text_column: str | None) -> Not
             f"{folder}: no table with the columns of MIMIC-IV-Note and no .txt file in this "
             f"folder; name a table itself, or a folder with notes as .txt files"
         )
-    _refuse_columns(folder, columns.label, columns.patient, text_column)
+    _refuse_columns(folder, columns.label, columns.patient, text_column, *columns.groups)
     return TextFiles(files, f"{folder}, {len(files)} text files")
 
 
@@ -285,7 +328,7 @@ def _refuse_columns(path: Path, *columns: str | None) -> None:
 
 
 def _describe(path: Path, columns: Columns) -> str:
-    roles = (f"{role} {name!r}" for role, name in columns._asdict().items() if name is not None)
+    roles = (f"{role} {name!r}" for role, name in columns._replace(groups=()).roles())
     return f"{path}, {', '.join(roles)}"
 
 
@@ -295,22 +338,58 @@ def _check_columns(path: Path, header: list[str], columns: Columns) -> None:
         raise ValueError(
             f"{path}: two of the {len(header)} columns have the same name; give each its own name"
         )
-    for role, name in columns._asdict().items():
-        if name is None or name in header:
+    for role, name in columns.roles():
+        if name in header:
             continue
         folded = {column.casefold(): column for column in header}
         near = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.75)
         hint = f"; the nearest is {folded[near[0]]!r}" if near else ""
+        flag = f"--{role}-column{'s' if role == 'subgroup' else ''}"
         raise ValueError(
             f"{path}: no {role} column {name!r} among its {len(header)} columns{hint}; name it "
-            f"with --{role}-column (the first line must be the header)"
+            f"with {flag} (the first line must be the header)"
         )
     if len(set(columns.named())) != len(columns.named()):
         raise ValueError(f"{path}: one column is named for two purposes; name a column for each")
 
 
+def age_band(years: float) -> str:
+    """The band of an age in years; those of 85 and more share one, as published results do."""
+    for top, band in ((18, "under 18"), (45, "18 to 44"), (65, "45 to 64"), (75, "65 to 74")):
+        if years < top:
+            return band
+    return "75 to 84" if years < 85 else "85 and over"
+
+
+def _group_values(
+    path: Path, record: int, names: Sequence[str], values: Sequence[str | None]
+) -> tuple[str | None, ...]:
+    """The groups of a record: an age as its band, everything else as it is, "" as not known."""
+    groups: list[str | None] = []
+    for name, value in zip(names, values, strict=True):
+        value = (value or "").strip()
+        if value and name.casefold() in AGE_COLUMNS:
+            try:
+                years = float(value)
+            except ValueError:
+                years = -1.0
+            if not 0 <= years < 400:  # MIMIC-III shifts ages over 89 to 300
+                raise ValueError(
+                    f"{path}: record {record} has no age in years in column {name!r}; correct it, "
+                    f"leave the cell empty, or rename the column if it holds categories"
+                )
+            value = age_band(years)
+        groups.append(value or None)
+    return tuple(groups)
+
+
 def _checked_note(
-    path: Path, record: int, text: str, label: str | None, patient: str | None
+    path: Path,
+    record: int,
+    text: str,
+    label: str | None,
+    patient: str | None,
+    groups: tuple[str | None, ...],
 ) -> Note:
     if "\0" in text or (label and "\0" in label) or (patient and "\0" in patient):
         raise ValueError(
@@ -322,7 +401,7 @@ def _checked_note(
             f"{path}: record {record} has no patient; every note needs one, or the split could "
             f"put one patient on both sides: drop the record, or leave the patient column out"
         )
-    return Note(text, patient, label)
+    return Note(text, patient, label, groups)
 
 
 def _no_notes(path: Path) -> ValueError:
@@ -515,4 +594,4 @@ def _file_digest(path: Path) -> str:
 
 
 def _fingerprint(kind: str, columns: Columns, digests: Iterable[str]) -> str:
-    return hashlib.sha256(json.dumps([kind, columns, list(digests)]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([kind, columns[:3], list(digests)]).encode()).hexdigest()

@@ -31,6 +31,7 @@ class FirstNotes:
 
     def __init__(self, source: NoteSource, count: int) -> None:
         self._source, self._count = source, count
+        self.group_names = source.group_names
         self.description = f"the first {count} notes of {source.description}"
 
     def __iter__(self) -> Iterator[Note]:

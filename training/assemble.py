@@ -7,7 +7,7 @@ weight of the base is frozen, and what then trains is named, not inferred.
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,8 +87,11 @@ class FinishedRun:
 # Data ---------------------------------------------------------------------------------------------
 
 
-def open_source(config: RunConfig) -> NoteSource:
-    """The notes that the config names; the synthetic cohort is made where it is first asked for."""
+def open_source(config: RunConfig, group_columns: Sequence[str] = ()) -> NoteSource:
+    """The notes that the config names; the synthetic cohort is made where it is first asked for.
+
+    group_columns: a table's columns of categories, by which results are told apart.
+    """
     if config.data is None:
         raise ValueError("--data is missing: name a table of notes or a folder")
     data = Path(config.data)
@@ -103,6 +106,7 @@ def open_source(config: RunConfig) -> NoteSource:
         text_column=config.text_column,
         label_column=config.label_column,
         patient_column=config.patient_column,
+        group_columns=group_columns,
     )
 
 
