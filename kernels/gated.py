@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import reference
 from kernels.build import OPTIONS, Build
+from kernels.timing import MODELS, ROWS, Case
 
 _BLOCK, _WARPS = 2048, 8
 
@@ -104,3 +106,25 @@ def builds(capability: int) -> list[Build]:
             divisible=("dy_stride", *strides),
         ),
     ]  # fmt: skip
+
+
+def cases() -> list[Case]:
+    """SwiGLU at the models' feed-forward widths."""
+
+    def case(model: str, width: int) -> Case:
+        def make(device: torch.device, dtype: torch.dtype, shrink: int) -> tuple[Tensor, ...]:
+            shape = (max(1, ROWS // shrink), width)
+            gate, up = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
+            return gate.requires_grad_(), up.requires_grad_()
+
+        return Case(
+            operation="swiglu",
+            shape=f"{model}, M={ROWS}",
+            make=make,
+            kernel=swiglu,
+            reference=reference.swiglu,
+            plain=lambda gate, up: torch.nn.functional.silu(gate) * up,
+            bytes=2.0 * ROWS * width * (3 + 5),
+        )
+
+    return [case(model, feed_forward) for model, (_, feed_forward, _, _) in MODELS.items()]

@@ -25,6 +25,8 @@ class Case:
     make: Callable[[torch.device, torch.dtype, int], tuple[object, ...]]
     kernel: Operation
     reference: Operation
+    # How one would write it in torch, for torch.compile; None where that is the reference.
+    plain: Operation | None = None
     flops: float = 0.0  # forward and backward together; 0 where memory is the limit
     bytes: float = 0.0  # read and written at least once, forward and backward together
     dtype: torch.dtype = torch.bfloat16
