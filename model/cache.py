@@ -1,6 +1,9 @@
 """Keys and values that a decoder has already computed, so that a new token costs one row.
 
-Letters: n sequences, M new tokens, N query heads, G key-value heads, S stored tokens, H head width.
+Letters: n sequences, M new tokens, N query heads, G key-value heads, S stored tokens, H head width,
+W window. Where attention has a window the cache rolls: position p stands in slot p mod W, so W
+slots hold exactly what the newest token sees, and memory does not grow beyond them.
+
 The invariant: a cache is an argument of the forward pass and belongs to its caller; a network
 without one computes the same numbers from all tokens at once.
 """
@@ -17,11 +20,11 @@ from model.config import DecoderConfig
 
 
 class KVCache:
-    """Room for `capacity` tokens of each of `count` sequences, in every layer.
+    """Room for `capacity` tokens of each of `count` sequences, or for a window of them.
 
     The first forward pass brings the prompts, of any lengths, and what adapters put in front of
     them; each later one brings one token of every sequence. Keys are stored with their positions
-    rotated in.
+    rotated in, so a slot's place tells nothing that attention needs.
     """
 
     def __init__(
@@ -33,13 +36,17 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        shape = (count, capacity, config.num_key_value_heads, config.head_dim)
+        self._window = config.sliding_window
+        self._slots_each = capacity if self._window is None else min(capacity, self._window)
+        shape = (count, self._slots_each, config.num_key_value_heads, config.head_dim)
         layers = range(config.num_hidden_layers)
         # Zeros, not empty memory: a hidden place has weight zero, and zero times NaN is NaN.
         self._keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self._values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.lengths = [0] * count
+        self._capacity = capacity
         self._is_prefill = True
+        self._stored: Tensor | None = None  # rows of the batch that are kept; None: all of them
         self._slots = self._is_visible = torch.empty(0)
 
     @property
@@ -48,25 +55,32 @@ class KVCache:
 
     def extend(self, added_keys: Segments) -> Tensor:
         """Make room for new keys; returns how many each of their sequences had: [1] or [n]."""
-        capacity, device = self._keys[0].shape[1], added_keys.cu_seqlens.device
+        each, device = self._slots_each, added_keys.cu_seqlens.device
         added = added_keys.lengths
         assert len(added) == len(self.lengths)
         self._is_prefill = self.is_empty
         assert self._is_prefill or set(added) == {1}, "after the prompts, one token at a time"
-        starts = [row * capacity + length for row, length in enumerate(self.lengths)]
-        self.lengths = [a + b for a, b in zip(self.lengths, added, strict=True)]
-        assert max(self.lengths) <= capacity
+        before = self.lengths
+        self.lengths = [a + b for a, b in zip(before, added, strict=True)]
+        assert max(self.lengths) <= self._capacity
+        self._stored = None
         if self._is_prefill:
-            # A row of the stream moves on by what the sequences before its own leave empty.
-            moves = torch.tensor(starts, device=device) - added_keys.cu_seqlens[:-1]
-            total = added_keys.offsets[-1]
-            self._slots = torch.arange(total, device=device) + moves.repeat_interleave(
-                torch.tensor(added, device=device), output_size=total
+            rows = torch.arange(len(added), device=device)
+            rows = rows.repeat_interleave(
+                torch.tensor(added, device=device), output_size=added_keys.offsets[-1]
             )
+            places = torch.arange(len(rows), device=device) - added_keys.cu_seqlens[rows]
+            if max(added) > each:
+                is_seen_M = places >= torch.tensor(added, device=device)[rows] - each
+                self._stored = is_seen_M.nonzero().squeeze(1)
+                rows, places = rows[self._stored], places[self._stored]
+            self._slots = rows * each + places % each
             return torch.zeros(1, dtype=torch.int64, device=device)
+        self._slots = torch.tensor(
+            [row * each + length % each for row, length in enumerate(before)], device=device
+        )
         lengths = torch.tensor(self.lengths, device=device)
-        stored = torch.arange(max(self.lengths), device=device)
-        self._slots = torch.tensor(starts, device=device)
+        stored = torch.arange(min(max(self.lengths), each), device=device)
         self._is_visible = (stored < lengths[:, None])[:, None, None]
         return lengths - 1
 
@@ -90,10 +104,10 @@ class KVCache:
             [M, N, H].
         """
         keys, values = self._keys[layer], self._values[layer]
-        keys.flatten(0, 1)[self._slots] = k
-        values.flatten(0, 1)[self._slots] = v
+        keys.flatten(0, 1)[self._slots] = k if self._stored is None else k[self._stored]
+        values.flatten(0, 1)[self._slots] = v if self._stored is None else v[self._stored]
         if self._is_prefill:
-            return attend(q, k, v, segments, queries=queries)
+            return attend(q, k, v, segments, queries=queries, window=self._window)
         longest = self._is_visible.shape[-1]
         # The query heads of one key-value head stand where a prompt's queries would.
         out_nGQH = scaled_dot_product_attention(

@@ -232,12 +232,10 @@ def write_model(
     write_weights(
         folder, tensors, tensors.__getitem__, max_shard_bytes=max_shard_bytes, metadata=metadata
     )
-    family = "Bert" if isinstance(model.config, EncoderConfig) else "Llama"
-    kind = "ForCausalLM" if isinstance(model, CausalLM) else "ForSequenceClassification"
     write_config(
         model.config,
         folder,
-        architecture=f"{family}{kind}",
+        head="CausalLM" if isinstance(model, CausalLM) else "SequenceClassification",
         dtype=model.network.word_embedding.weight.dtype,
         label_names=label_names or _default_labels(model),
     )

@@ -1,4 +1,4 @@
-"""The shape of a LLaMA decoder or a BERT encoder, from and to the `config.json` of Hugging Face.
+"""The shape of a decoder (LLaMA, Mistral, Mixtral) or a BERT encoder, from and to `config.json`.
 
 Fields carry config.json's own names. The files of transformers 4 (`rope_theta`, `rope_scaling`,
 `torch_dtype`) and of transformers 5 (`rope_parameters`, `dtype`) are read, and a written file
@@ -10,13 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from model.files import read_json, write_json
 
-# Far above any LLaMA; a size beyond these is a damaged or hostile file.
+# Far above any of them; a size beyond these is a damaged or hostile file.
 _LIMITS = {
     "vocab_size": 1 << 22,
     "hidden_size": 1 << 17,
@@ -28,6 +28,7 @@ _LIMITS = {
     "max_position_embeddings": 1 << 31,
     "type_vocab_size": 1 << 10,
 }
+_MOST_EXPERTS = 1 << 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,9 +71,10 @@ RopeScaling = LinearScaling | Llama3Scaling
 class DecoderConfig:
     """Everything that decides what a decoder computes, and the ids of its special tokens."""
 
+    model_type: str = "llama"  # or "mistral", or "mixtral"
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
+    intermediate_size: int  # of one expert, where there are experts
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
@@ -81,6 +83,10 @@ class DecoderConfig:
     rms_norm_eps: float
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None  # keys that a token sees, itself included; None: all before
+    num_local_experts: int = 0  # 0: one dense MLP
+    num_experts_per_tok: int = 0
+    router_aux_loss_coef: float = 0.0  # weight of the experts' load-balancing loss in training
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -90,6 +96,8 @@ class DecoderConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
+        if self.model_type not in _FAMILIES:
+            raise ValueError(f"model_type is {self.model_type!r}; known are {', '.join(_FAMILIES)}")
         _check_sizes(self)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -98,6 +106,24 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; RoPE rotates halves, so it is even")
+        for name in sorted(_OF_SOME - _FAMILIES[self.model_type].own):
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"a {self.model_type} has no {name}; found {getattr(self, name)}")
+        if self.sliding_window is not None and not 1 <= self.sliding_window <= 1 << 31:
+            raise ValueError(
+                f"sliding_window is {self.sliding_window}; it is a number of tokens, or null"
+            )
+        if self.model_type == "mixtral" and not (
+            1 <= self.num_experts_per_tok <= self.num_local_experts <= _MOST_EXPERTS
+        ):
+            raise ValueError(
+                f"num_experts_per_tok {self.num_experts_per_tok} of num_local_experts "
+                f"{self.num_local_experts}: allowed are 1 to all, of 1 to {_MOST_EXPERTS}"
+            )
+        if not 0.0 <= self.router_aux_loss_coef < math.inf:
+            raise ValueError(
+                f"router_aux_loss_coef is {self.router_aux_loss_coef}; it is 0 (off) or more"
+            )
         _check_numbers(
             self,
             positive=("rms_norm_eps", "rope_theta"),
@@ -178,7 +204,41 @@ def _check_numbers(
             )
 
 
-# Keys that say nothing about the computation of these networks in this project.
+class _Family(NamedTuple):
+    """What distinguishes one model_type."""
+
+    name: str  # in `architectures`
+    own: frozenset[str]  # the fields that not every model_type has
+    absent: dict[str, Any]  # what transformers takes for a key that is absent (a null is null)
+
+
+_FAMILIES = {
+    "llama": _Family("Llama", frozenset({"attention_bias", "mlp_bias"}), {}),
+    "mistral": _Family(
+        "Mistral",
+        frozenset({"sliding_window"}),
+        {
+            **{"num_key_value_heads": 8, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-6},
+            **{"sliding_window": 4096, "bos_token_id": 1, "eos_token_id": 2},
+        },
+    ),
+    "mixtral": _Family(
+        "Mixtral",
+        frozenset(
+            {"sliding_window", "num_local_experts", "num_experts_per_tok", "router_aux_loss_coef"}
+        ),
+        {
+            **{"num_key_value_heads": 8, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5},
+            **{"num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.001},
+            **{"bos_token_id": 1, "eos_token_id": 2},
+        },
+    ),
+}
+_OF_SOME = frozenset().union(*(family.own for family in _FAMILIES.values()))
+_DEFAULT_THETA = {"mixtral": 1_000_000.0}  # of the others 10,000
+
+# Keys that say nothing about the computation of these networks in this project. The experts'
+# load-balancing loss is weighed by its coefficient, whatever output_router_logits says.
 _WITHOUT_EFFECT = frozenset(
     {
         *("_attn_implementation_autoset", "_name_or_path", "architectures", "model_type"),
@@ -186,6 +246,7 @@ _WITHOUT_EFFECT = frozenset(
         *("dtype", "torch_dtype", "transformers_version", "unsloth_fixed", "unsloth_version"),
         *("id2label", "label2id", "num_labels", "problem_type"),
         *("output_attentions", "output_hidden_states", "return_dict", "use_cache"),
+        "output_router_logits",
     }
 )
 # The same of a BERT: its pretraining heads, and the task it was last fine-tuned for.
@@ -208,6 +269,7 @@ _REQUIRED = {
     "attention_dropout": 0.0,
     "partial_rotary_factor": 1.0,
     "is_encoder_decoder": False,
+    "router_jitter_noise": 0.0,
 }
 _REQUIRED_OF_BERT = {
     "hidden_act": "gelu",
@@ -248,13 +310,19 @@ def write_config(
     config: ModelConfig,
     folder: Path,
     *,
-    architecture: str = "LlamaForCausalLM",
+    head: str = "CausalLM",
     dtype: torch.dtype = torch.float32,
     label_names: Sequence[str] = (),
 ) -> None:
-    """Write `folder`/config.json for transformers 4 and 5; a classifier names its labels."""
-    raw: dict[str, Any] = {"architectures": [architecture]}
-    raw |= _raw_decoder(config) if isinstance(config, DecoderConfig) else _raw_encoder(config)
+    """Write `folder`/config.json for transformers 4 and 5; a classifier names its labels.
+
+    head: "CausalLM" or "SequenceClassification".
+    """
+    if isinstance(config, DecoderConfig):
+        family, raw = _FAMILIES[config.model_type].name, _raw_decoder(config)
+    else:
+        family, raw = "Bert", _raw_encoder(config)
+    raw["architectures"] = [f"{family}For{head}"]
     raw["dtype"] = raw["torch_dtype"] = str(dtype).removeprefix("torch.")
     if label_names:
         raw["id2label"] = {str(i): name for i, name in enumerate(label_names)}
@@ -268,8 +336,10 @@ def _raw_encoder(config: EncoderConfig) -> dict[str, Any]:
 
 
 def _raw_decoder(config: DecoderConfig) -> dict[str, Any]:
-    raw: dict[str, Any] = {"model_type": "llama", "hidden_act": "silu", "attention_dropout": 0.0}
+    raw: dict[str, Any] = {"hidden_act": "silu", "attention_dropout": 0.0}
     raw |= asdict(config)
+    for other in _OF_SOME - _FAMILIES[config.model_type].own:
+        del raw[other]
     eos = raw.pop("eos_token_ids")
     raw["eos_token_id"] = None if not eos else eos[0] if len(eos) == 1 else list(eos)
     scaling: dict[str, Any] | None = None
@@ -293,16 +363,17 @@ def _parse(raw: dict[str, Any]) -> ModelConfig:
     # Google's own bert_config.json names no type, but only BERT has token types.
     if model_type == "bert" or (model_type is None and "type_vocab_size" in raw):
         return _parse_bert(raw)
-    if model_type == "llama":
-        return _parse_llama(raw)
-    raise ValueError(f"model_type is {model_type!r}; known are 'llama' and 'bert'")
+    if isinstance(model_type, str) and model_type in _FAMILIES:
+        return _parse_decoder(raw, model_type)
+    raise ValueError(f"model_type is {model_type!r}; known are {', '.join(_FAMILIES)} and bert")
 
 
-def _parse_llama(raw: dict[str, Any]) -> DecoderConfig:
-    honoured = {*DecoderConfig.__dataclass_fields__, "eos_token_id", *_ROPE_KEYS} - {
-        "eos_token_ids"
-    }
+def _parse_decoder(raw: dict[str, Any], model_type: str) -> DecoderConfig:
+    family = _FAMILIES[model_type]
+    honoured = {*DecoderConfig.__dataclass_fields__, "eos_token_id", *_ROPE_KEYS}
+    honoured -= {"eos_token_ids", *(_OF_SOME - family.own)}
     _refuse_unknown(raw, honoured, _REQUIRED, _WITHOUT_EFFECT)
+    raw = family.absent | raw
     heads = _integer(raw, "num_attention_heads")
     hidden_size = _integer(raw, "hidden_size")
     if raw.get("head_dim") is None and (heads < 1 or hidden_size % heads):
@@ -310,20 +381,26 @@ def _parse_llama(raw: dict[str, Any]) -> DecoderConfig:
             f"hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}, and "
             "head_dim is not given"
         )
-    theta, scaling = _rope(raw)
+    theta, scaling = _rope(raw, _DEFAULT_THETA.get(model_type, 10_000.0))
+    window = raw.get("sliding_window")
     return DecoderConfig(
+        model_type=model_type,
         vocab_size=_integer(raw, "vocab_size"),
         hidden_size=hidden_size,
         intermediate_size=_integer(raw, "intermediate_size"),
         num_hidden_layers=_integer(raw, "num_hidden_layers"),
         num_attention_heads=heads,
-        # From here on the defaults are those of transformers.
+        # From here on the defaults are those of transformers, for a LLaMA.
         num_key_value_heads=_integer(raw, "num_key_value_heads", heads),
         head_dim=_integer(raw, "head_dim", hidden_size // heads if heads else None),
         max_position_embeddings=_integer(raw, "max_position_embeddings", 2048),
         rms_norm_eps=_number(raw, "rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
+        sliding_window=None if window is None else _integer(raw, "sliding_window"),
+        num_local_experts=_integer(raw, "num_local_experts", 0),
+        num_experts_per_tok=_integer(raw, "num_experts_per_tok", 0),
+        router_aux_loss_coef=_number(raw, "router_aux_loss_coef", 0.0),
         tie_word_embeddings=_boolean(raw, "tie_word_embeddings"),
         attention_bias=_boolean(raw, "attention_bias"),
         mlp_bias=_boolean(raw, "mlp_bias"),
@@ -376,13 +453,13 @@ def _refuse_unknown(
             )
 
 
-def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+def _rope(raw: dict[str, Any], default_theta: float) -> tuple[float, RopeScaling | None]:
     """theta and scaling, from transformers 4's two keys, transformers 5's one, or both agreeing."""
     found = []
     if raw.get("rope_parameters") is not None:
-        found.append(_rope_of("rope_parameters", raw["rope_parameters"], 10_000.0))
+        found.append(_rope_of("rope_parameters", raw["rope_parameters"], default_theta))
     if raw.get("rope_theta") is not None or raw.get("rope_scaling") is not None or not found:
-        theta = _number(raw, "rope_theta", 10_000.0)
+        theta = _number(raw, "rope_theta", default_theta)
         found.append(_rope_of("rope_scaling", raw.get("rope_scaling") or {}, theta))
     if found[0] != found[-1]:
         raise ValueError("rope_parameters contradicts rope_theta and rope_scaling; remove one side")

@@ -1,5 +1,7 @@
-"""The LLaMA decoder (Touvron et al., arXiv 2302.13971): tokens in, one hidden row per token out.
+"""The decoder of LLaMA, Mistral and Mixtral: tokens in, one hidden row per token out.
 
+LLaMA (Touvron et al., arXiv 2302.13971); Mistral (Jiang et al., arXiv 2310.06825) lets a token see
+the `sliding_window` last keys alone; Mixtral has experts in place of the MLP (`model.experts`).
 Letters: M tokens of the stream, D width, N query heads, G key-value heads, H head width, F
 feed-forward width. Parameters carry the names of Hugging Face checkpoints (`embed_tokens`,
 `layers.0.self_attn.q_proj`, ...), and RoPE is half-split, so a checkpoint is read and written as
@@ -21,6 +23,7 @@ from model.attention import attend
 from model.batch import Behind, Chosen, Segments, TokenBatch
 from model.cache import KVCache
 from model.config import DecoderConfig, LinearScaling, Llama3Scaling
+from model.experts import SparseMLP
 from model.linear import Linear, linear_group
 
 Rope = tuple[Tensor, Tensor]  # cos and sin, each [M, H / 2]
@@ -137,6 +140,7 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
+        self.window = config.sliding_window
         query_width = config.num_attention_heads * config.head_dim
         key_width = config.num_key_value_heads * config.head_dim
         bias = config.attention_bias
@@ -167,7 +171,7 @@ class Attention(nn.Module):
             queries, keys = keys, prefix.behind.segments
             k_MGH, v_MGH = prefix.join(k_MGH, v_MGH)
         if cache is None:
-            o_MNH = attend(q_MNH, k_MGH, v_MGH, keys, queries=queries)
+            o_MNH = attend(q_MNH, k_MGH, v_MGH, keys, queries=queries, window=self.window)
         else:
             o_MNH = cache.attend(self.layer, q_MNH, k_MGH, v_MGH, keys, queries=queries)
         return self.o_proj(self._prompted(o_MNH, q_MNH).flatten(1), dropout_keys)
@@ -194,7 +198,7 @@ class Attention(nn.Module):
         if prefix is not None:
             keys = prefix.behind.segments
             k_MGH, v_MGH = prefix.join(k_MGH, v_MGH)
-        o_nNH = attend(q_nNH, k_MGH, v_MGH, keys, queries=chosen.segments)
+        o_nNH = attend(q_nNH, k_MGH, v_MGH, keys, queries=chosen.segments, window=self.window)
         return self.o_proj(self._prompted(o_nNH, q_nNH).flatten(1), keys_of_rows)
 
     def _prompted(self, o_MNH: Tensor, q_MNH: Tensor) -> Tensor:
@@ -223,14 +227,19 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer, normalised before each half: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One layer, normalised before each half: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    The second half is one MLP, or Mixtral's sparse one under its own name.
+    """
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config)
-        self.mlp = MLP(config)
+        is_sparse = config.num_local_experts > 0
+        self.mlp = None if is_sparse else MLP(config)
+        self.block_sparse_moe = SparseMLP(config) if is_sparse else None
 
     def forward(
         self,
@@ -241,15 +250,20 @@ class Block(nn.Module):
         cache: KVCache | None,
         chosen: Chosen | None = None,
         prefix: Prefix | None = None,
-    ) -> Tensor:
-        """x_MD: [M, D] -> [M, D], or [n, D] of the chosen tokens alone."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """x_MD: [M, D] -> [M, D], or [n, D] of the chosen tokens alone; and a router's logits."""
         normed_MD = self.input_layernorm(x_MD)
         attended = self.self_attn(normed_MD, batch, rope, dropout_keys, cache, chosen, prefix)
         if chosen is not None:
             x_MD = x_MD[chosen.rows]
             dropout_keys = None if dropout_keys is None else dropout_keys[chosen.rows]
         x_MD = x_MD + attended
-        return x_MD + self.mlp(self.post_attention_layernorm(x_MD), dropout_keys)
+        normed_MD = self.post_attention_layernorm(x_MD)
+        if self.block_sparse_moe is None:
+            assert self.mlp is not None
+            return x_MD + self.mlp(normed_MD, dropout_keys), None
+        out_MD, router_logits_ME = self.block_sparse_moe(normed_MD, dropout_keys)
+        return x_MD + out_MD, router_logits_ME
 
 
 class Decoder(nn.Module):
@@ -303,6 +317,7 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         pool: bool = False,
         predicting: Tensor | None = None,
+        router_logits: list[Tensor] | None = None,
     ) -> Tensor:
         """Hidden rows [M, D] after the last norm, in `compute_dtype`; with `pool` [n, D].
 
@@ -320,6 +335,7 @@ class Decoder(nn.Module):
                 query, output or MLP row: the same numbers for less.
             predicting: [K] int64, tokens of the batch; of each the row that predicts it, the one
                 before it in its segment: [K, D].
+            router_logits: takes those of each block of experts, [M, E].
         """
         assert cache is None or not (checkpoint_blocks or pool)
         assert predicting is None or not pool
@@ -349,7 +365,7 @@ class Decoder(nn.Module):
             if checkpoint_blocks:
                 # The non-reentrant form: the older one gives adapters no gradient when the
                 # embedding is frozen. No generator is restored, for dropout draws from keys.
-                x_MD = checkpoint(
+                x_MD, logits_ME = checkpoint(
                     block,
                     x_MD,
                     batch,
@@ -362,7 +378,9 @@ class Decoder(nn.Module):
                     preserve_rng_state=False,
                 )
             else:
-                x_MD = block(x_MD, batch, rope, dropout_keys, cache, chosen, prefix)
+                x_MD, logits_ME = block(x_MD, batch, rope, dropout_keys, cache, chosen, prefix)
+            if router_logits is not None and logits_ME is not None:
+                router_logits.append(logits_ME)
         x_MD = self.norm(x_MD)
         if pool:
             return x_MD

@@ -18,6 +18,7 @@ import kernels
 from model.batch import Segments, TokenBatch
 from model.config import DecoderConfig, EncoderConfig
 from model.decoder import Decoder
+from model.experts import load_balancing_loss
 
 IGNORE = -100  # the label of a token that is not scored, as in Hugging Face
 
@@ -25,7 +26,13 @@ IGNORE = -100  # the label of a token that is not scored, as in Hugging Face
 class Loss(NamedTuple):
     loss_sum: Tensor  # scalar, float32 or wider
     denominator: float  # what the sum is divided by, together with the other micro-batches'
-    aux: dict[str, Tensor]  # further terms of a network's own, by name
+    aux: dict[str, Tensor]  # further terms of a network's own by name, each as a mean
+
+    @property
+    def total(self) -> Tensor:
+        """What training descends, as a sum: each term of `aux` weighs as the denominator does."""
+        terms = [self.denominator * term for term in self.aux.values()]
+        return sum(terms, start=self.loss_sum)
 
 
 def supervised_tokens(
@@ -80,23 +87,29 @@ class CausalLM(nn.Module):
         checkpoint_blocks: bool = False,
         compute_dtype: torch.dtype | None = None,
     ) -> Loss:
-        """Cross-entropy of every scored token, summed.
+        """Cross-entropy of every scored token, summed; in `aux` the experts' load balancing.
 
         Args:
             labels: [M] int64 as in `supervised_tokens`; left on the host, nothing waits for a GPU.
         """
         device, has_virtual = batch.input_ids.device, self.model.virtual_tokens > 0
         tokens, targets = supervised_tokens(labels, batch.segments, first=has_virtual)
+        router_logits: list[Tensor] = []
         hidden_KD = self.model(
             batch,
             predicting=tokens.to(device, non_blocking=True),
             dropout_seed=dropout_seed,
             checkpoint_blocks=checkpoint_blocks,
             compute_dtype=compute_dtype,
+            router_logits=router_logits,
         )
         targets = targets.to(device, non_blocking=True)
         loss_sum = kernels.linear_cross_entropy(hidden_KD, self.head_weight, targets)
-        return Loss(loss_sum, float(len(tokens)), {})
+        aux: dict[str, Tensor] = {}
+        if self.config.router_aux_loss_coef:
+            balance = load_balancing_loss(router_logits, self.config.num_experts_per_tok)
+            aux["router"] = self.config.router_aux_loss_coef * balance
+        return Loss(loss_sum, float(len(tokens)), aux)
 
     def logits(self, batch: TokenBatch) -> Tensor:
         """Logits [M, V] of every token, for small batches."""

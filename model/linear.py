@@ -63,3 +63,14 @@ def linear_group(
 ) -> tuple[Tensor, ...]:
     """Several layers on one input (q, k, v; gate, up): one [M, N] output each."""
     return kernels.lora_linear(x, [layer.operands() for layer in layers], dropout_keys)
+
+
+def linear_group_of_experts(
+    experts: Sequence[Sequence[Linear]],
+    x: Tensor,
+    offsets: Tensor,
+    dropout_keys: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """`linear_group` of each expert's layers on its own rows of x, see `kernels`."""
+    operands = [[layer.operands() for layer in layers] for layers in experts]
+    return kernels.grouped_lora_linear(x, operands, offsets, dropout_keys)

@@ -3,7 +3,8 @@
 Memory is counted from the tensors that the operations of `kernels.reference` and `model.attention`
 keep for the backward pass. Seconds are floating-point operations over a rate that `measured_rate`
 takes on the run's own device, from one block of the run's own shape. Letters: M tokens, D width,
-N query heads, G key-value heads, H head width, F feed-forward width, V vocabulary, R rank.
+N query heads, G key-value heads, H head width, F feed-forward width, V vocabulary, R rank, E
+experts, J experts of one token. The router is taken to spread tokens evenly.
 
 Invariant: the count follows the code. An operation that keeps another tensor changes
 `_block_saved`, and a test compares it with what autograd really holds.
@@ -25,10 +26,12 @@ from torch import nn
 from data.packing import PackedBatch
 from kernels.reference import CHUNK_ELEMENTS
 from lora.adapter import LoraAdapter
+from model.attention import WINDOW_BLOCK
 from model.batch import Segments
 from model.config import DecoderConfig
 from model.decoder import Block
 from model.encoder import Encoder, Layer
+from model.experts import SparseMLP
 from model.heads import CausalLM, Model, Network
 from model.linear import Linear
 from training.objective import Objective
@@ -36,6 +39,7 @@ from training.objective import Objective
 _PROBE_SECONDS = 0.5  # a timing shorter than this is made longer, if there are tokens for it
 _PROBE_REPEATS = 3
 _WIDE = 4  # bytes of the float32 in which norms and losses are computed
+_INDEX = 8
 
 
 class Memory(NamedTuple):
@@ -105,7 +109,10 @@ def memory(
 
     # In passing, when a block goes backward: the gradients of the stream and of the MLP's inner
     # rows (of h, of gate, of up, and one product of theirs), while h itself has just gone.
-    passing = tokens * (2 * config.hidden_size + 3 * config.intermediate_size) * width
+    inner = config.intermediate_size
+    if isinstance(config, DecoderConfig) and config.num_local_experts:
+        inner *= config.num_experts_per_tok
+    passing = tokens * (2 * config.hidden_size + 3 * inner) * width
     if blocks and checkpointing:
         # Of a classifier the last block is the smallest.
         largest = blocks[0]
@@ -199,17 +206,20 @@ def _block_saved(
             kept.norm(output.LayerNorm, kept.rows, output.dense.out_features, statistics=2)
         return kept.bytes
     assert isinstance(block, Block)
-    own, mlp = block.self_attn, block.mlp
+    own, mlp, sparse = block.self_attn, block.mlp, block.block_sparse_moe
     dim = own.q_proj.in_features
     kept.norm(block.input_layernorm, kept.tokens, dim, statistics=1)
-    kept.attention(
-        own.q_proj, own.k_proj, own.v_proj, heads=own.q_proj.out_features // own.head_dim
-    )
+    heads = own.q_proj.out_features // own.head_dim
+    kept.attention(own.q_proj, own.k_proj, own.v_proj, heads=heads, window=own.window)
     kept.linear(own.o_proj, rows=kept.rows)
     kept.norm(block.post_attention_layernorm, kept.rows, dim, statistics=1)
-    kept.linear(mlp.gate_proj, mlp.up_proj, rows=kept.rows)
-    kept.tensor(kept.rows, 2 * mlp.gate_proj.out_features)  # gate and up
-    kept.linear(mlp.down_proj, rows=kept.rows)
+    if sparse is not None:
+        kept.experts(sparse)
+    else:
+        assert mlp is not None
+        kept.linear(mlp.gate_proj, mlp.up_proj, rows=kept.rows)
+        kept.tensor(kept.rows, 2 * mlp.gate_proj.out_features)  # gate and up
+        kept.linear(mlp.down_proj, rows=kept.rows)
     return kept.bytes
 
 
@@ -237,16 +247,34 @@ class _Kept:
         self.tensor(rows, columns)
         self.bytes += rows * statistics * _WIDE * self._has_gradient
 
-    def linear(self, *layers: Linear, rows: int) -> None:
-        """The input that the layers share, and for each adapter S and its mask."""
+    def linear(self, *layers: Linear, rows: int, experts: int = 1) -> None:
+        """The input that the layers share, and for each adapter S and its mask.
+
+        experts: share the rows, each with layers of its own.
+        """
         self._has_gradient = self._has_gradient or any(_trains(layer) for layer in layers)
         self.tensor(rows, layers[0].in_features)
         for adapter in itertools.chain(*(layer.adapters.values() for layer in layers)):
             assert isinstance(adapter, LoraAdapter)
-            self.tensor(rows, adapter.lora_A.shape[0])
-            self.mask(adapter.dropout, rows, layers[0].in_features)
+            self.tensor(rows // experts, adapter.lora_A.shape[0])
+            self.mask(adapter.dropout, rows // experts, layers[0].in_features)
 
-    def attention(self, query: Linear, key: Linear, value: Linear, *, heads: int) -> None:
+    def experts(self, sparse: SparseMLP) -> None:
+        """A router, and experts on copies of the tokens."""
+        self.linear(sparse.gate, rows=self.rows)
+        into, out_of = (list(itertools.chain(*layers)) for layers in sparse.layers())
+        copies, experts = self.rows * sparse.top_k, len(sparse.experts)
+        self.linear(*into, rows=copies, experts=experts)
+        self.tensor(copies, 2 * into[0].out_features)  # gate and up
+        self.linear(*out_of, rows=copies, experts=experts)
+        self.tensor(copies, out_of[0].out_features)
+        # The router's softmax and weights; its choice, and where the copies stand.
+        of_router = (self.rows * experts + 2 * copies) * _WIDE + 4 * copies * _INDEX
+        self.bytes += of_router * self._has_gradient
+
+    def attention(
+        self, query: Linear, key: Linear, value: Linear, *, heads: int, window: int | None = None
+    ) -> None:
         if self._pools:
             self.linear(key, value, rows=self.tokens)
             self.linear(query, rows=self.rows)
@@ -259,7 +287,9 @@ class _Kept:
         if not self._pools and (groups > 1 or padded):
             attended = _attended(self._batch)
         self.bytes += attended * heads * _WIDE * self._has_gradient  # log-sum-exp
-        if groups > 1 or (padded and not self._pools):
+        mask = 0 if self._on_gpu or self._pools else _window_mask(self._batch, window)
+        self.tensor(mask, 1)
+        if groups > 1 or (padded and not self._pools) or mask:
             self.tensor(attended, query.out_features)  # the output, before it is put in order
 
 
@@ -318,6 +348,17 @@ def _padding(batch: PackedBatch) -> tuple[int, int, int]:
     return len(batch.input_ids) * has_view, padded, len(groups)
 
 
+def _window_mask(batch: PackedBatch, window: int | None) -> int:
+    """Places of the masks that attention with a window keeps on a CPU, of all groups."""
+    groups = Segments.from_offsets(batch.offsets.tolist()).groups
+    total = 0
+    for group in groups:
+        if window is not None and group.length > window:
+            step = min(WINDOW_BLOCK, window, group.length - window)
+            total += step * (step + window - 1)
+    return total
+
+
 def _attended(batch: PackedBatch) -> int:
     """Rows of all groups, padding included."""
     groups = Segments.from_offsets(batch.offsets.tolist()).groups
@@ -330,6 +371,8 @@ def _attended(batch: PackedBatch) -> int:
 def flops(model: Model, lengths: np.ndarray, *, trains: bool, checkpointing: bool = False) -> float:
     """Floating-point operations of segments of these lengths: 4 P + 7 s D per layer and so on.
 
+    Of E experts J work for a token, so P counts J / E of their weights.
+
     A product with a weight costs two a weight and token forward, two for its input's gradient, and
     two for its own if it trains. Causal attention over s tokens costs 2 s N H a token forward and
     5 s N H backward, an encoder's twice that. Recomputing a block adds its forward pass. The last
@@ -339,11 +382,15 @@ def flops(model: Model, lengths: np.ndarray, *, trains: bool, checkpointing: boo
         lengths: [n] tokens of each segment.
         trains: forward and backward; else forward alone.
     """
-    tokens, squares = float(lengths.sum()), float(np.square(lengths, dtype=np.float64).sum())
+    tokens = float(lengths.sum())
+    config = model.config
+    window = config.sliding_window if isinstance(config, DecoderConfig) else None
+    seen = lengths.astype(np.float64) if window is None else np.minimum(lengths, float(window))
+    squares = float((seen * (2.0 * lengths - seen)).sum())  # s^2 where all keys are seen
     total = 0.0
     has_gradient = model.network.word_embedding.weight.requires_grad
     for block in model.network.blocks:
-        pools = _pools(model, block)
+        pools, shares = _pools(model, block), {}
         if isinstance(block, Layer):
             own = block.attention.self
             readers, into_readers = (own.query, own.key, own.value), has_gradient
@@ -351,10 +398,12 @@ def flops(model: Model, lengths: np.ndarray, *, trains: bool, checkpointing: boo
             assert isinstance(block, Block)
             readers = (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
             into_readers = has_gradient or _trains(block.input_layernorm)
+            shares = _expert_shares(block)
         has_gradient = has_gradient or _trains(block)
         forward = backward = 0.0
         for layer in (module for module in block.modules() if isinstance(module, Linear)):
             rows = float(len(lengths)) if pools and layer not in readers[1:] else tokens
+            rows *= shares.get(layer, 1.0)
             products = 2 * rows * layer.weight.numel()
             needs_input = into_readers or layer not in readers
             forward += products
@@ -364,7 +413,8 @@ def flops(model: Model, lengths: np.ndarray, *, trains: bool, checkpointing: boo
                 forward += products
                 backward += products * (1 + parameter.requires_grad)
         # Of causal attention only half of the pairs are computed.
-        pairs = tokens if pools else squares if isinstance(block, Layer) else squares / 2
+        seen_by_last = float(seen.sum())
+        pairs = seen_by_last if pools else squares if isinstance(block, Layer) else squares / 2
         attended = 2 * pairs * readers[0].out_features
         forward += 2 * attended
         backward += 5 * attended
@@ -379,6 +429,16 @@ def flops(model: Model, lengths: np.ndarray, *, trains: bool, checkpointing: boo
         products = 1 + trains + (trains and model.head_weight.requires_grad)
         total += 2 * (tokens - len(lengths)) * model.head_weight.numel() * products
     return total
+
+
+def _expert_shares(block: Block) -> dict[nn.Module, float]:
+    """The share of the tokens that pass through each layer of an expert."""
+    sparse = block.block_sparse_moe
+    if sparse is None:
+        return {}
+    share = sparse.top_k / len(sparse.experts)
+    layers = (layer for layer in sparse.experts.modules() if isinstance(layer, Linear))
+    return dict.fromkeys(layers, share)
 
 
 def measured_rate(

@@ -57,7 +57,7 @@ def optimiser_step(
     )
     loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
     for batch in micro_batches:
-        loss = objective.loss(batch, dropout_seed=dropout_seed).loss_sum / denominator
+        loss = objective.loss(batch, dropout_seed=dropout_seed).total / denominator
         loss.backward()
         loss_sum += loss.detach()
     for parameter in parameters.values():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+import model.attention
 from model.attention import attend
 from model.batch import Segments, TokenBatch
 
@@ -43,12 +44,20 @@ def test_packed_attention_is_each_segments_own(lengths: list[int], heads: tuple[
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("causal", "window"), [(True, None), (False, None), (True, 1), (True, 2), (True, 8), (True, 40)]
+)
 @pytest.mark.parametrize("asking", ["all", "last", "some"])
 def test_other_queries_see_what_their_place_allows(
-    lengths: list[int], heads: tuple[int, int], causal: bool, asking: str
+    lengths: list[int],
+    heads: tuple[int, int],
+    causal: bool,
+    window: int | None,
+    asking: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Bidirectional, one query a segment, and fewer queries than keys, each against a mask."""
+    """Bidirectional, one query a segment, fewer queries than keys, a window: each with a mask."""
+    monkeypatch.setattr(model.attention, "WINDOW_BLOCK", 5)  # of which a segment has several
     count_of = {"all": lambda n: n, "last": lambda n: 1, "some": lambda n: (n + 1) // 2}[asking]
     counts = [count_of(length) for length in lengths]
     generator = torch.Generator().manual_seed(0)
@@ -70,10 +79,14 @@ def test_other_queries_see_what_their_place_allows(
         if causal:
             after = torch.ones(logits.shape[1:]).triu(len(one_k) - len(one_q) + 1).bool()
             logits = logits.masked_fill(after, float("-inf"))
+        if window is not None:  # transformers: key > query - window
+            before = torch.ones(logits.shape[1:]).tril(len(one_k) - len(one_q) - window).bool()
+            logits = logits.masked_fill(before, float("-inf"))
         truth.append(torch.einsum("nts,snh->tnh", logits.softmax(-1), ours_v))
     keys = Segments.from_offsets([0, *torch.tensor(lengths).cumsum(0).tolist()])
     queries = Segments.from_offsets([0, *torch.tensor(counts).cumsum(0).tolist()])
-    ours = attend(q, k, v, keys, queries=None if asking == "all" else queries, causal=causal)
+    asked = None if asking == "all" else queries
+    ours = attend(q, k, v, keys, queries=asked, causal=causal, window=window)
     torch.testing.assert_close(ours, torch.cat(truth), rtol=1e-12, atol=1e-12)
     upstream = torch.randn_like(ours)
     got = torch.autograd.grad(ours, (q, k, v), upstream)

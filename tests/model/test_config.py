@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, LlamaConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
 from model.config import DecoderConfig, LinearScaling, Llama3Scaling, read_config, write_config
 from model.files import MAX_JSON_BYTES
@@ -35,6 +35,13 @@ LLAMA_2 = {
     "transformers_version": "4.31.0.dev0",
     "use_cache": True,
     "vocab_size": 32000,
+}
+# What transformers has no default for that would be small.
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 8,
 }
 # The RoPE of Llama-3.1-8B, as transformers 4 wrote it and as transformers 5 does.
 LLAMA_3_SCALING = {
@@ -107,17 +114,70 @@ def test_what_is_written_is_read_back_and_read_by_transformers(name: str, tmp_pa
     write_config(config, tmp_path, dtype=torch.bfloat16, label_names=["no", "yes"])
     assert read_config(tmp_path) == config
     theirs = AutoConfig.from_pretrained(tmp_path)
-    assert isinstance(theirs, LlamaConfig)
+    assert isinstance(theirs, CONFIG_MAPPING[config.model_type])
     assert (theirs.dtype, theirs.id2label) == (torch.bfloat16, {0: "no", 1: "yes"})
     assert theirs.rope_parameters["rope_theta"] == config.rope_theta
     for field in without(DecoderConfig.__dataclass_fields__, "rope_theta", "rope_scaling"):
         expected: Any = getattr(config, field)
         if field == "eos_token_ids":
             field, (expected,) = "eos_token_id", expected
+        elif not hasattr(theirs, field):  # of another model_type
+            assert expected == DecoderConfig.__dataclass_fields__[field].default
+            continue
         assert getattr(theirs, field) == expected
     theirs.save_pretrained(tmp_path)  # the file as transformers 5 writes it
     assert "rope_theta" not in json.loads((tmp_path / "config.json").read_text())
     assert read_config(tmp_path) == config
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "mixtral"])
+def test_absent_keys_are_what_transformers_takes_for_them(model_type: str, tmp_path: Path) -> None:
+    config = read(tmp_path, {"model_type": model_type, "vocab_size": 97, **SIZES})
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    fields = without(DecoderConfig.__dataclass_fields__, "rope_theta", "rope_scaling", "head_dim")
+    for field in fields:
+        if hasattr(theirs, field):
+            assert getattr(config, field) == getattr(theirs, field), field
+    assert config.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert config.eos_token_ids == (theirs.eos_token_id,)
+    assert config.head_dim == 8
+
+
+def test_a_window_of_null_is_no_window(tmp_path: Path) -> None:
+    raw = {"model_type": "mistral", "vocab_size": 97, **SIZES, "num_key_value_heads": 2}
+    assert read(tmp_path, raw).sliding_window == 4096
+    assert read(tmp_path, raw | {"sliding_window": None}).sliding_window is None
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "message"),
+    [
+        ("mistral", {"sliding_window": 0}, "sliding_window is 0; it is a number of tokens"),
+        ("mistral", {"sliding_window": "all"}, "sliding_window is 'all'; it is a whole number"),
+        ("mistral", {"attention_bias": True}, "the key 'attention_bias' is unknown"),
+        ("mistral", {"num_local_experts": 8}, "the key 'num_local_experts' is unknown"),
+        ("mistral", {"layer_types": ["sliding_attention"]}, "the key 'layer_types' is unknown"),
+        ("mixtral", {"num_local_experts": 0}, "num_experts_per_tok 2 of num_local_experts 0"),
+        ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok 9 of num_local_experts 8"),
+        ("mixtral", {"num_experts_per_tok": 0}, "num_experts_per_tok 0 of num_local_experts 8"),
+        ("mixtral", {"num_local_experts": 10**6}, "num_local_experts 1000000: allowed are"),
+        ("mixtral", {"router_aux_loss_coef": -1}, "router_aux_loss_coef is -1.0"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise is 0.1"),
+        ("mixtral", {"mlp_bias": True}, "the key 'mlp_bias' is unknown"),
+    ],
+)
+def test_what_one_kind_of_decoder_does_not_honour_is_refused(
+    tmp_path: Path, model_type: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, {"model_type": model_type, "vocab_size": 97, **SIZES} | changes)
+
+
+def test_a_llama_has_neither_window_nor_experts() -> None:
+    with pytest.raises(ValueError, match="a llama has no sliding_window; found 4"):
+        make_config(sliding_window=4)
+    with pytest.raises(ValueError, match="a mistral has no num_local_experts; found 8"):
+        make_config(model_type="mistral", num_local_experts=8)
 
 
 def test_several_end_tokens_are_kept(tmp_path: Path) -> None:

@@ -48,13 +48,30 @@ SHAPE = DecoderConfig(
 LENGTHS = ([64] * 4, [100], [60, 61, 64, 66], [10, 60, 64], [10, 11, 60, 60])
 
 
-def make_model(kind: str, trained: str, *, kv_heads: int = 4, dropout: float = 0.0) -> Model:
-    config = replace(SHAPE, num_key_value_heads=kv_heads)
+MISTRAL = {"model_type": "mistral", "sliding_window": 20}
+MIXTRAL = {
+    "model_type": "mixtral",
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "router_aux_loss_coef": 0.02,
+}
+
+
+def make_model(
+    kind: str,
+    trained: str,
+    *,
+    kv_heads: int = 4,
+    dropout: float = 0.0,
+    shape: dict[str, Any] | None = None,
+) -> Model:
+    config = replace(SHAPE, num_key_value_heads=kv_heads, **(shape or {}))
     model = CausalLM(config) if kind == "language" else SequenceClassifier(config, 3)
     init_weights(model, 0.02, seed=0)
     model.requires_grad_(trained == "full")
     if trained == "lora":
-        targets = ("q_proj", "v_proj", "down_proj")
+        is_sparse = config.num_local_experts > 0
+        targets = ("q_proj", "v_proj", *(("w1", "w2") if is_sparse else ("down_proj",)))
         settings = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets)
         attach(model, "clinical", settings, seed=0)
     if isinstance(model, SequenceClassifier):
@@ -99,6 +116,12 @@ def make_objective(
         ("language", "full", {"checkpointing": True}),
         ("classifier", "lora", {}),
         ("classifier", "full", {}),
+        ("language", "lora", {"shape": MISTRAL}),
+        ("language", "full", {"shape": MISTRAL, "checkpointing": True}),
+        ("classifier", "lora", {"shape": MISTRAL}),
+        ("language", "lora", {"shape": MIXTRAL, "dropout": 0.1}),
+        ("language", "full", {"shape": MIXTRAL}),
+        ("classifier", "lora", {"shape": MIXTRAL}),
     ],
     ids=str,
 )
@@ -135,10 +158,14 @@ def test_the_formula_is_what_autograd_keeps(
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("trained", ["lora", "full"])
-@pytest.mark.parametrize("kind", ["language", "classifier"])
-def test_operations_are_what_torch_counts(kind: str, trained: str, checkpointing: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "shape"), [("language", {}), ("classifier", {}), ("language", MIXTRAL)], ids=str
+)
+def test_operations_are_what_torch_counts(
+    kind: str, shape: dict[str, Any], trained: str, checkpointing: bool
+) -> None:
     """Over short segments, for torch does not count attention itself on a CPU."""
-    model, batch = make_model(kind, trained), make_batch(kind, [4] * 40)
+    model, batch = make_model(kind, trained, shape=shape), make_batch(kind, [4] * 40)
     objective = make_objective(model, checkpointing=checkpointing)
 
     def added_product(
