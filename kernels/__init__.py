@@ -22,7 +22,6 @@ from kernels.reference import (
     dispatch,
     grouped_lora_linear,
     keep_mask,
-    linear_cross_entropy,
     lora_linear,
     rms_norm,
     rope,
@@ -101,3 +100,12 @@ def dropout(x: Tensor, p: float, keys: Tensor | None, site: int) -> Tensor:
 
         return hashing.dropout(x, p, keys, site)
     return reference.dropout(x, p, keys, site)
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Sum over rows of -log softmax(x W^T)[target]: x [M, D], weight [V, D], targets [M] int64."""
+    if _is_fused("linear_cross_entropy", x):
+        from kernels import head_loss
+
+        return head_loss.linear_cross_entropy(x, weight, targets)
+    return reference.linear_cross_entropy(x, weight, targets)

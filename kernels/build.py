@@ -26,7 +26,11 @@ from triton.compiler import ASTSource
 
 CAPABILITIES = (80, 90, 100)
 # Files with kernels; each has a function `builds`.
-OPERATIONS = ("gated", "hashing")
+OPERATIONS = (
+    "gated",
+    "hashing",
+    "head_loss",
+)  # fmt: skip
 # Bytes of shared memory that one block may have (CUDA programming guide, table of capabilities).
 SHARED_LIMIT: Mapping[int, int] = {80: 166_912, 90: 232_448, 100: 232_448}
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "kernel_builds.csv"

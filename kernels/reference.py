@@ -579,7 +579,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if dx is not None:
                 torch.mm(dlogits_CV, w, out=dx[start : start + step])
             if dw is not None:
-                dw.addmm_(p_CV.T, x_CD.to(wide))
+                dw.addmm_(dlogits_CV.T.to(wide), x_CD.to(wide))
         ctx.save_for_backward(dx, None if dw is None else dw.to(weight.dtype))
         return loss_sum
 
