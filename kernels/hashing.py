@@ -12,8 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import reference
 from kernels.build import OPTIONS, Build
 from kernels.reference import GOLDEN, MIX_1, MIX_2, kept_scale, low_word
+from kernels.timing import MODELS, ROWS, Case
 
 _MIX_1 = tl.constexpr(MIX_1)
 _MIX_2 = tl.constexpr(MIX_2 & 0xFFFFFFFF)
@@ -120,3 +122,27 @@ def builds(capability: int) -> list[Build]:
             divisible=("x_stride", "K"),
         )
     ]
+
+
+def cases() -> list[Case]:
+    """Dropout at the models' widths."""
+
+    def case(model: str, width: int) -> Case:
+        def make(device: torch.device, dtype: torch.dtype, shrink: int) -> tuple[object, ...]:
+            rows = max(1, ROWS // shrink)
+            x = torch.randn(rows, width, device=device, dtype=dtype).requires_grad_()
+            samples = torch.zeros(rows, dtype=torch.int64, device=device)
+            keys = reference.row_keys(0, samples, torch.arange(rows, device=device))
+            return x, 0.1, keys, 1
+
+        return Case(
+            operation="dropout",
+            shape=f"{model}, M={ROWS}",
+            make=make,
+            kernel=dropout,
+            reference=reference.dropout,
+            plain=lambda x, p, keys, site: torch.nn.functional.dropout(x, p),
+            bytes=2.0 * ROWS * width * (2 + 2),
+        )
+
+    return [case(model, width) for model, (width, _, _, _) in MODELS.items()]
