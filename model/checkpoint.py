@@ -1,16 +1,19 @@
 """Checkpoints of Hugging Face's layout in and out: config.json and one or many safetensors files.
 
 Parameter names in the code are the names on the disk; BERT checkpoints have a few older spellings
-besides, and heads of their pretraining, which `_name_in_model` knows. The invariant: a model is
+besides, and heads of their pretraining, which `_name_in_model` knows. Mixtral's experts have the
+names of the published files, which transformers 5 writes too; the stacks of experts that it has in
+memory, and writes if asked to, are read as well, expert by expert. The invariant: a model is
 filled by exactly the tensors it has, name by name and shape by shape, all of them finite, or not at
 all; and everything is known to match before memory is asked for.
 """
 
 import functools
+import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,17 +69,31 @@ _TOKENIZER_FILES = (
 SHARD_BYTES = 5_000_000_000
 
 
+# Experts as transformers 5 stacks them: [E, 2 F, D], gate above up, and [E, D, F].
+_STACKED = re.compile(r"(model\.layers\.\d+)\.mlp\.(?:gate\.weight|experts\.(gate_up|down)_proj)")
+_MOST_EXPERTS = 1 << 10  # a header can claim any number of empty matrices
+
+
 class Place(NamedTuple):
-    """Where a tensor lies: the file, and its name in it."""
+    """Where a tensor lies: the file, its name in it, and its part of a stack."""
 
     file: Path
     key: str
+    part: tuple[int, slice] | None = None
+
+    def shape(self, file: Any) -> list[int]:
+        """The tensor's shape, from the header of its open file."""
+        whole: list[int] = file.get_slice(self.key).get_shape()
+        if self.part is None:
+            return whole
+        rows = self.part[1]
+        return [rows.stop - rows.start, *whole[2:]]
 
 
 def load_causal_lm(
     folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> CausalLM:
-    """Load a LLaMA checkpoint; ValueError says what is wrong with a bad one."""
+    """Load a decoder's checkpoint; ValueError says what is wrong with a bad one."""
     folder = Path(folder)
     config = read_decoder_config(folder)
     places = _places(folder)
@@ -156,7 +173,7 @@ def check_checkpoint(folder: Path) -> None:
     model: Model
     if name in places:
         with open_safetensors(places[name].file) as file:
-            labels = file.get_slice(places[name].key).get_shape()[0]
+            labels = places[name].shape(file)[0]
         model = empty_classifier(config, labels)
     elif isinstance(config, DecoderConfig):
         with torch.device("meta"):
@@ -185,8 +202,8 @@ def stored_dtype(folder: Path) -> torch.dtype:
     for path, names in _by_file(_places(Path(folder))).items():
         with open_safetensors(path) as file:
             formats |= {
-                file.get_slice(key).get_dtype()
-                for name, key in names.items()
+                file.get_slice(place.key).get_dtype()
+                for name, place in names.items()
                 if not name.startswith(heads)
             }
     if unknown := formats - set(_FLOATING):
@@ -314,17 +331,44 @@ def _places(folder: Path) -> dict[str, Place]:
     for path, expected in expected_of.items():
         with open_safetensors(path) as file:
             found = set(file.keys())
+            of_file = {key: list(_of_key(file, path, key)) for key in found}
         if expected is not None and found != expected:
             raise ValueError(
                 f"{path} does not hold the tensors that {_INDEX} gives it: "
                 f"{_some(found ^ expected)}; the files are not of one checkpoint"
             )
-        for key in found:
-            name = _name_in_model(key)
+        for name, place in itertools.chain(*of_file.values()):
             if name in places:
-                raise ValueError(f"{path} holds {key}, and {places[name].key} is the same tensor")
-            places[name] = Place(path, key)
+                raise ValueError(
+                    f"{path} holds {place.key}, and {places[name].key} is the same tensor"
+                )
+            places[name] = place
     return {name: place for name, place in places.items() if not PASSED_OVER.fullmatch(name)}
+
+
+def _of_key(file: Any, path: Path, key: str) -> Iterator[tuple[str, Place]]:
+    """The tensors of the model that a stored one holds, and where they lie."""
+    stacked = _STACKED.fullmatch(key)
+    if stacked is None:
+        yield _name_in_model(key), Place(path, key)
+        return
+    sparse = f"{stacked[1]}.block_sparse_moe"
+    if stacked[2] is None:
+        yield f"{sparse}.gate.weight", Place(path, key)
+        return
+    shape = file.get_slice(key).get_shape()
+    if len(shape) != 3 or shape[0] > _MOST_EXPERTS:
+        yield key, Place(path, key)  # no such tensor is known, which is then said
+        return
+    experts, rows, _ = shape
+    for expert in range(experts):
+        if stacked[2] == "down":
+            yield f"{sparse}.experts.{expert}.w2.weight", Place(path, key, (expert, slice(0, rows)))
+        else:
+            halves = {"w1": slice(0, rows // 2), "w3": slice(rows // 2, rows)}
+            for layer, half in halves.items():
+                name = f"{sparse}.experts.{expert}.{layer}.weight"
+                yield name, Place(path, key, (expert, half))
 
 
 def _name_in_model(key: str) -> str:
@@ -362,17 +406,16 @@ def _check_match(model: nn.Module, places: Mapping[str, Place | None], folder: P
         raise ValueError(f"{folder} has tensors that its config.json rules out: {_some(unknown)}")
     for path, names in _by_file(places).items():
         with open_safetensors(path) as file:
-            for name, key in names.items():
-                header = file.get_slice(key)
-                if header.get_shape() != wanted[name]:
+            for name, place in names.items():
+                shape, form = place.shape(file), file.get_slice(place.key).get_dtype()
+                if shape != wanted[name]:
                     raise ValueError(
-                        f"{path}: {name} has the shape {header.get_shape()}; the model "
-                        f"that config.json describes needs {wanted[name]}"
+                        f"{path}: {name} has the shape {shape}; the model that config.json "
+                        f"describes needs {wanted[name]}"
                     )
-                if header.get_dtype() not in _FLOATING:
+                if form not in _FLOATING:
                     raise ValueError(
-                        f"{path}: {name} is stored as {header.get_dtype()}; read are "
-                        f"{', '.join(_FLOATING)}"
+                        f"{path}: {name} is stored as {form}; read are {', '.join(_FLOATING)}"
                     )
 
 
@@ -397,21 +440,23 @@ def _read(
     tensors: dict[str, Tensor] = {}
     for path, names in _by_file(places).items():
         with open_safetensors(path) as file:
-            for name, key in names.items():
+            for name, place in names.items():
                 tensors[name] = (
-                    torch.empty(file.get_slice(key).get_shape(), dtype=dtype, device=device)
+                    torch.empty(place.shape(file), dtype=dtype, device=device)
                     if is_meta
-                    else read_finite(file, key, path=path, dtype=dtype, device=device)
+                    else read_finite(
+                        file, place.key, path=path, part=place.part, dtype=dtype, device=device
+                    )
                 )
     return tensors
 
 
-def _by_file(places: Mapping[str, Place | None]) -> dict[Path, dict[str, str]]:
-    """Each file's tensors, name in the model -> name in the file, in the same order every time."""
-    names_of: dict[Path, dict[str, str]] = {}
+def _by_file(places: Mapping[str, Place | None]) -> dict[Path, dict[str, Place]]:
+    """Each file's tensors under their names in the model, in the same order every time."""
+    names_of: dict[Path, dict[str, Place]] = {}
     for name, place in sorted(places.items()):
         if place is not None:
-            names_of.setdefault(place.file, {})[name] = place.key
+            names_of.setdefault(place.file, {})[name] = place
     return names_of
 
 

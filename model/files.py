@@ -73,15 +73,18 @@ def read_finite(
     name: str,
     *,
     path: Path,
+    part: tuple[int, slice] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Read a tensor of `path`, open as `file`, as `dtype` (None: as stored), and check its values.
 
+    part: of a stack of matrices, which one and which of its rows; the others are not read.
+
     A NaN or an infinity would travel through every step without a word, so it is a ValueError, as
     is a value too large for `dtype`. The check is one pass over the tensor without a copy.
     """
-    stored = file.get_tensor(name)
+    stored = file.get_tensor(name) if part is None else file.get_slice(name)[part]
     tensor = stored.to(device, dtype or stored.dtype)
     ends = torch.aminmax(tensor) if tensor.numel() else ()  # both are NaN if one value is
     if not all(end.isfinite() for end in ends):

@@ -12,11 +12,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+)
 
 import model.files
 from model.batch import TokenBatch
-from model.checkpoint import load_causal_lm, load_classifier, save_model
+from model.checkpoint import (
+    check_checkpoint,
+    load_causal_lm,
+    load_classifier,
+    save_model,
+    stored_dtype,
+)
 from model.files import new_folder, write_json, write_safetensors
 from model.heads import CausalLM, SequenceClassifier
 from tests.model.oracle import CONFIGS, make_causal_lm, make_config, randomise
@@ -31,6 +41,13 @@ def make_classifier(num_labels: int) -> SequenceClassifier:
     return classifier
 
 
+# Configurations whose files go to transformers and come from it.
+SHARED = (
+    *("grouped-query", "tied", "mlp-bias", "llama3-rope", "wide-heads"),
+    *("mistral-window", "mixtral", "mixtral-window"),
+)
+
+
 def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
     ours, theirs = a.state_dict(), b.state_dict()
     assert ours.keys() == theirs.keys()
@@ -40,7 +57,7 @@ def assert_same_weights(a: nn.Module, b: nn.Module) -> None:
 
 @pytest.mark.parametrize("max_shard_bytes", [1 << 30, 20_000, 1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["grouped-query", "tied", "attention-bias"])
+@pytest.mark.parametrize("name", ["grouped-query", "tied", "attention-bias", "mixtral"])
 def test_saved_and_loaded_is_the_same_bits(
     name: str, dtype: torch.dtype, max_shard_bytes: int, tmp_path: Path
 ) -> None:
@@ -67,25 +84,66 @@ def test_saved_and_loaded_is_the_same_bits(
 
 
 @pytest.mark.parametrize("max_shard_bytes", [1 << 30, 20_000])
-@pytest.mark.parametrize("name", ["grouped-query", "tied", "mlp-bias", "llama3-rope", "wide-heads"])
+@pytest.mark.parametrize("name", SHARED)
 def test_transformers_loads_what_is_saved(name: str, max_shard_bytes: int, tmp_path: Path) -> None:
     ours = make_causal_lm(CONFIGS[name]).float()
     save_model(ours, tmp_path / "model", max_shard_bytes=max_shard_bytes)
-    theirs, info = LlamaForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    theirs, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", output_loading_info=True
+    )
     assert not any(info.values())
     expected = theirs(IDS[None]).logits[0]
     found = ours.logits(TokenBatch.from_arrays(IDS, [0, 40]))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["grouped-query", "tied", "mlp-bias", "llama3-rope"])
-def test_what_transformers_saves_is_loaded(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("stacks_experts", [False, True])
+def test_what_transformers_saves_is_loaded(name: str, stacks_experts: bool, tmp_path: Path) -> None:
     ours = make_causal_lm(CONFIGS[name]).float()
     save_model(ours, tmp_path / "ours")
-    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "ours")
-    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(
+        tmp_path / "theirs", max_shard_size="20KB", save_original_format=not stacks_experts
+    )
     assert (tmp_path / "theirs" / INDEX).exists()
     assert_same_weights(load_causal_lm(tmp_path / "theirs"), ours)
+    check_checkpoint(tmp_path / "theirs")
+    assert stored_dtype(tmp_path / "theirs") == torch.float32
+
+
+GATE_UP, DOWN = (f"model.layers.1.mlp.experts.{name}_proj" for name in ("gate_up", "down"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(DOWN), r"lacks .*: model.layers.1.block_sparse_moe.experts.0.w2.weight"),
+        (lambda t: t.update({GATE_UP: t[GATE_UP][:3].clone()}), "lacks .*experts.3.w1.weight"),
+        (lambda t: t.update({DOWN: t[DOWN].repeat(2, 1, 1)}), "rules out: .*experts.4.w2.weight"),
+        (
+            lambda t: t.update({GATE_UP: t[GATE_UP][:, 1:].clone()}),
+            r"experts.0.w1.weight has the shape \[55, 32\]; .* needs \[56, 32\]",
+        ),
+        (lambda t: t.update({DOWN: torch.ones(4, 32)}), "lacks .*experts.0.w2.weight"),
+        (lambda t: t.update({DOWN: torch.ones(10**6, 0, 56)}), "lacks .*experts.0.w2.weight"),
+        (lambda t: t[DOWN][2].fill_(float("nan")), "down_proj holds a value that is not finite"),
+        (
+            lambda t: t.update({"model.layers.1.block_sparse_moe.gate.weight": torch.ones(4, 32)}),
+            "is the same tensor",
+        ),
+    ],
+)
+def test_stacks_of_experts_that_do_not_match_are_refused(
+    change: Callable[[dict[str, torch.Tensor]], Any], message: str, tmp_path: Path
+) -> None:
+    ours = make_causal_lm(CONFIGS["mixtral"]).float()
+    save_model(ours, tmp_path / "ours")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    theirs.save_pretrained(tmp_path / "theirs", save_original_format=False)
+    change_weights(tmp_path / "theirs", change)
+    with pytest.raises(ValueError, match=message):
+        load_causal_lm(tmp_path / "theirs")
 
 
 def test_a_classifier_goes_to_transformers_and_back(tmp_path: Path) -> None:
