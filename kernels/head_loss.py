@@ -119,10 +119,10 @@ def cases() -> list[Case]:
         rows = 2 * ROWS
 
         def make(device: torch.device, dtype: torch.dtype, shrink: int) -> tuple[Tensor, ...]:
-            count = max(1, rows // shrink)
+            count, pieces = max(1, rows // shrink), max(1, vocabulary // shrink)
             x = torch.randn(count, width, device=device, dtype=dtype)
-            w = torch.randn(vocabulary, width, device=device, dtype=dtype) * width**-0.5
-            targets = torch.randint(vocabulary, (count,), device=device)
+            w = torch.randn(pieces, width, device=device, dtype=dtype) * width**-0.5
+            targets = torch.randint(pieces, (count,), device=device)
             return x.requires_grad_(), w.requires_grad_(not is_frozen), targets
 
         def plain(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ class Case:
 
     operation: str  # a key of `kernels.RECORDED_WINS`
     shape: str  # for the reader, such as "LLaMA-7B q, M=8192"
-    # Arguments of both sides; tensors that want a gradient say so. `scale` divides the row count
-    # M, so that the same case can be tried on a CPU.
+    # Arguments of both sides; tensors that want a gradient say so. `shrink` divides the row
+    # count M (and a vocabulary), so that the same case can be tried on a CPU.
     make: Callable[[torch.device, torch.dtype, int], tuple[object, ...]]
     kernel: Operation
     reference: Operation
