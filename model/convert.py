@@ -33,7 +33,7 @@ from torch import Tensor
 from model.checkpoint import PASSED_OVER, check_checkpoint, copy_tokenizer, write_weights
 from model.config import DecoderConfig, Llama3Scaling, read_config, write_config
 from model.ending import CommandParser, exit_code
-from model.files import copy_file, file_inside, new_folder, read_json
+from model.files import copy_file, file_inside, is_finite, new_folder, read_json
 
 _INDEX = "pytorch_model.bin.index.json"
 _PICKLES = (".bin", ".pth", ".pt")
@@ -141,6 +141,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path}: {name} claims more values than the file holds")
         if tensor.is_floating_point() and tensor.dtype not in _FORMATS:
             raise ValueError(f"{path}: {name} is {tensor.dtype}; quantised weights are not read")
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise ValueError(f"{path}: {name} holds a value that is not finite; it is of no use")
     return loaded
 
 

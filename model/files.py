@@ -82,18 +82,23 @@ def read_finite(
     part: of a stack of matrices, which one and which of its rows; the others are not read.
 
     A NaN or an infinity would travel through every step without a word, so it is a ValueError, as
-    is a value too large for `dtype`. The check is one pass over the tensor without a copy.
+    is a value too large for `dtype`.
     """
     stored = file.get_tensor(name) if part is None else file.get_slice(name)[part]
     tensor = stored.to(device, dtype or stored.dtype)
-    ends = torch.aminmax(tensor) if tensor.numel() else ()  # both are NaN if one value is
-    if not all(end.isfinite() for end in ends):
+    if not is_finite(tensor):
         raise ValueError(
             f"{path}: {name} holds a value that is not finite"
             f"{'' if tensor.dtype == stored.dtype else f' as {str(tensor.dtype)[6:]}'}; "
             "copy or download the file again, or make it anew"
         )
     return tensor
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value of a tensor is NaN or infinite; one pass, without a copy."""
+    ends = torch.aminmax(tensor) if tensor.numel() else ()  # both are NaN if one value is
+    return all(bool(end.isfinite()) for end in ends)
 
 
 def file_inside(folder: Path, name: str) -> Path:

@@ -28,6 +28,8 @@ from safetensors.torch import load_file, save_file
 import data.notes
 import eval as eval_command
 import train
+from lora.merge import merge
+from lora.parts import parts_of_folders
 from model.checkpoint import load_causal_lm, save_model
 from tests.evaluation.conftest import (  # noqa: F401 (fixtures)
     CANARY_PATIENT,
@@ -594,10 +596,22 @@ def test_adapter_tensors(case: str, place: Place, refuse: Refuse) -> None:
 
 def test_an_adapter_without_the_one_below_it(place: Place, refuse: Refuse) -> None:
     above, below = (place.label_run / "adapter" / name for name in ("downstream", "clinical"))
-    refuse(
-        place.train("downstream", init_adapter=above),
-        f"{above} was trained on top of {below} and means nothing alone",
-    )
+    link = place.root / "link"
+    link.symlink_to(above)
+    for named in (above, link):
+        refuse(
+            place.train("downstream", init_adapter=named),
+            f"{named} was trained on top of {below} and means nothing alone",
+        )
+
+
+def test_an_adapter_of_unknown_origin_on_a_merged_base(place: Place, refuse: Refuse) -> None:
+    merged = place.root / "merged"
+    parts = parts_of_folders(place.base, [place.adapter])
+    merge(parts, merged, None)
+    words = place.train("downstream", model=merged, init_adapter=place.adapter)
+    refuse(words, "is already merged (with adapter)")
+    refuse([*words, "--dry-run"], "is already merged (with adapter)")
 
 
 def test_a_first_adapter_of_a_downstream_run_is_whole(place: Place) -> None:

@@ -25,6 +25,7 @@ from data.synthetic import make_cohort
 from data.tokenizer import Tokenizer, load_tokenizer
 from lora.attach import attach
 from lora.config import ALL_LINEAR, LoraConfig
+from lora.parts import MERGED
 from lora.peft_format import find_adapter, load_adapter
 from model.checkpoint import (
     WEIGHT_FILES,
@@ -32,6 +33,7 @@ from model.checkpoint import (
     load_causal_lm,
     load_classifier,
     load_head,
+    weights_metadata,
 )
 from model.config import DecoderConfig, EncoderConfig, read_config, read_decoder_config
 from model.decoder import init_weights
@@ -306,22 +308,23 @@ def _check_run_adapter(adapter: Path) -> None:
     record = read_record(run)
     if not record["finished"]:
         raise ValueError(f"the run in {run} has not ended; continue it with --resume")
-    names = record["adapters"]
-    if adapter.name in names[1:]:
-        below = adapter.parent / names[names.index(adapter.name) - 1]
+    names, name = record["adapters"], adapter.resolve().name
+    if name in names[1:]:
+        below = run / "adapter" / names[names.index(name) - 1]
         raise ValueError(
             f"--init-adapter {adapter} was trained on top of {below} and means nothing alone; give "
             "that one, or merge the run into a base (python -m lora.merge) and train on it"
         )
-    of_adapter = f"adapter/{adapter.name}/"
-    files = {name: file for name, file in record["files"].items() if name.startswith(of_adapter)}
+    own = f"adapter/{name}/"
+    files = {path: file for path, file in record["files"].items() if path.startswith(own)}
     check_files(run, files)
 
 
 def _run_of(adapter: Path) -> Path | None:
-    """The run in whose folder an adapter lies; None for any other PEFT folder."""
-    run = adapter.parent.parent
-    return run if adapter.parent.name == "adapter" and (run / RUN_FILE).is_file() else None
+    """The run in whose folder an adapter lies, links resolved; None for any other PEFT folder."""
+    holder = adapter.resolve().parent
+    is_of_run = holder.name == "adapter" and (holder.parent / RUN_FILE).is_file()
+    return holder.parent if is_of_run else None
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -349,11 +352,18 @@ def fingerprints(config: RunConfig, notes: Notes) -> dict[str, str | None]:
 
 
 def check_same_base(config: RunConfig, found: str | None) -> None:
-    """Refuse an init adapter that another run trained on another base."""
+    """Refuse an init adapter of another base, and one of unknown origin on a merged base."""
     if config.init_adapter is None:
         return
     run = _run_of(init_adapter_folder(Path(config.init_adapter)))
     if run is None:
+        assert config.model is not None
+        if merged := weights_metadata(Path(config.model)).get(MERGED):
+            raise ValueError(
+                f"{config.model} is already merged (with {merged}), and nothing tells that "
+                f"--init-adapter {config.init_adapter} is not in it; give the base that the "
+                "adapter was trained on"
+            )
         return
     trained_on = read_record(run)["fingerprints"]["base"]
     if trained_on != found:

@@ -63,7 +63,10 @@ class Plan:
 
 
 def dry_run(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Print the plan of a run. Raises ValueError for whatever the run would refuse at its start."""
+    """Print the plan of a run. Raises ValueError for whatever the run would refuse at its start.
+
+    Of the weights only headers are read, so a NaN among them is found by the run alone.
+    """
     ranks = start(config.device)
     try:
         with private_files():

@@ -439,6 +439,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: rewrite(f, lambda t: t.update({NORM: torch.ones(32).to(torch.float8_e5m2)})),
         "quantised weights are not read",
     ),
+    "not a number": (
+        lambda f: rewrite(f, lambda t: t.update({NORM: torch.full((32,), torch.nan)})),
+        f"{NORM} holds a value that is not finite",
+    ),
     "sparse": (
         lambda f: rewrite(f, lambda t: t.update({UP: torch.eye(3).to_sparse()})),
         "is not a plain tensor",
