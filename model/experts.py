@@ -73,5 +73,5 @@ def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int) -> Tensor:
     chosen = probabilities.topk(top_k, dim=-1).indices
     is_chosen = chosen[..., None] == torch.arange(experts, device=chosen.device)
     tokens = logits[..., 0].numel()
-    shares = is_chosen.sum((0, 1, 2)) / tokens
-    return experts * (shares.to(probabilities.dtype) * probabilities.mean((0, 1))).sum()
+    shares = is_chosen.sum((0, 1, 2), dtype=probabilities.dtype) / tokens
+    return experts * (shares * probabilities.mean((0, 1))).sum()
