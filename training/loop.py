@@ -136,6 +136,7 @@ class Loop:
                 tokens=result.tokens,
                 metrics={
                     "loss": result.loss,
+                    **({"aux_loss": result.aux_loss} if result.aux_loss else {}),
                     "lr": rate,
                     "gradient_norm": result.gradient_norm,
                     "tokens": position.tokens,

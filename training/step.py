@@ -26,7 +26,8 @@ class NonFinite(ArithmeticError):
 class StepResult(NamedTuple):
     """What one step was, over all ranks."""
 
-    loss: float  # mean per unit of the denominator
+    loss: float  # mean per unit of the denominator, the network's own terms included
+    aux_loss: float  # these terms: the experts' load balancing, times its coefficient
     gradient_norm: float  # before clipping
     tokens: int  # real tokens that passed through the model
     is_asked_to_stop: bool  # on any rank
@@ -55,27 +56,30 @@ def optimiser_step(
             float(is_asked_to_stop),
         ]
     )
-    loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    losses = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     for batch in micro_batches:
-        loss = objective.loss(batch, dropout_seed=dropout_seed).total / denominator
-        loss.backward()
-        loss_sum += loss.detach()
+        loss = objective.loss(batch, dropout_seed=dropout_seed)
+        total = loss.total / denominator
+        total.backward()
+        aux = total - loss.loss_sum / denominator
+        losses += torch.stack((total, aux)).detach()
     for parameter in parameters.values():
         if parameter.grad is None:  # this rank had no micro-batch
             parameter.grad = torch.zeros_like(parameter)
     gradients = [p.grad for p in parameters.values() if p.grad is not None]
     ranks.sum_tensors(gradients)
-    ranks.sum_tensors([loss_sum])
+    ranks.sum_tensors([losses])
 
     # The one moment of the step at which the host waits for the device.
-    mean_loss, norm = torch.stack([loss_sum, gradient_norm(gradients).double()]).tolist()
+    norm_1 = gradient_norm(gradients).double()[None]
+    mean_loss, aux_loss, norm = torch.cat([losses, norm_1]).tolist()
     if not (math.isfinite(mean_loss) and math.isfinite(norm)):
         raise NonFinite(f"the loss is {mean_loss} and the gradient's norm is {norm}")
     clip_gradients(gradients, norm, clip)
     set_learning_rate(optimiser, rate)
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
-    return StepResult(mean_loss, norm, int(tokens), stops > 0)
+    return StepResult(mean_loss, aux_loss, norm, int(tokens), stops > 0)
 
 
 def dropout_seed_of(seed: int, step: int) -> int:

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from data.loader import Loader
-from data.packing import PackedBatch
+from data.packing import IGNORED, PackedBatch
+from tests.model.oracle import CONFIGS, make_causal_lm
 from training.assemble import build_model, load_notes, make_dataset
-from training.config import RunConfig
+from training.config import OptimSettings, RunConfig
 from training.objective import Classification, LanguageModelling, balanced_class_weights
 from training.optim import make_adamw
 from training.parallel import Ranks
@@ -142,7 +143,40 @@ def test_a_rank_without_notes_takes_part_in_the_step(make_config: Callable[..., 
         rate=0.1,
         clip=None,
     )
-    assert result == StepResult(0.0, 0.0, 300, True)
+    assert result == StepResult(0.0, 0.0, 0.0, 300, True)
+
+
+def test_the_router_loss_of_a_micro_batch_weighs_as_its_scored_tokens() -> None:
+    """A mean over the step; and validation is cross-entropy alone."""
+    model = make_causal_lm(CONFIGS["mixtral"])
+    objective = LanguageModelling(model, ALONE.device)
+    batches = []
+    for lengths in ([30, 12], [7]):
+        offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+        ids = np.arange(offsets[-1]) * 7 % 97
+        labels = ids.copy()
+        labels[offsets[:-1]] = IGNORED
+        notes = np.arange(len(lengths))
+        batches.append(PackedBatch(ids, labels, offsets, notes, None, notes))
+    losses = [objective.loss(batch, dropout_seed=None) for batch in batches]
+    scored = [loss.denominator for loss in losses]
+    assert scored == [40.0, 6.0]
+    aux = sum(loss.aux["router"] * n for loss, n in zip(losses, scored, strict=True)) / 46
+    loss_sum = sum(loss.loss_sum for loss in losses)
+    parameters = dict(model.named_parameters())
+    result = optimiser_step(
+        objective,
+        parameters,
+        make_adamw(parameters, OptimSettings()),
+        batches,
+        ALONE,
+        dropout_seed=0,
+        rate=1e-3,
+        clip=None,
+    )
+    assert result.aux_loss == pytest.approx(float(aux), rel=1e-12)
+    assert result.loss == pytest.approx(float(loss_sum / 46 + aux), rel=1e-12)
+    assert result.aux_loss > 0.02  # the coefficient times the balance, which is 2 at best
 
 
 def test_dropout_seeds_differ_between_steps_and_runs() -> None:
