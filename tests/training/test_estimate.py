@@ -20,9 +20,10 @@ from data.packing import PackedBatch
 from lora.attach import attach
 from lora.config import LoraConfig
 from model.checkpoint import save_model
-from model.config import DecoderConfig
+from model.config import DecoderConfig, EncoderConfig
 from model.decoder import init_weights
-from model.heads import CausalLM, Model, SequenceClassifier
+from model.encoder import EncoderClassifier
+from model.heads import CausalLM, Classifier, Model, SequenceClassifier
 from tests.conftest import ROOT
 from tests.data.conftest import train_sentencepiece
 from tests.evaluation.conftest import write_notes
@@ -43,6 +44,15 @@ SHAPE = DecoderConfig(
     rms_norm_eps=1e-5,
     bos_token_id=1,
     eos_token_ids=(2,),
+)
+ENCODER = EncoderConfig(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=176,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=256,
+    hidden_dropout_prob=0.1,
 )
 # Equal lengths (a view of the stream), a single note, one padded group, several groups.
 LENGTHS = ([64] * 4, [100], [60, 61, 64, 66], [10, 60, 64], [10, 11, 60, 60])
@@ -66,16 +76,22 @@ def make_model(
     shape: dict[str, Any] | None = None,
 ) -> Model:
     config = replace(SHAPE, num_key_value_heads=kv_heads, **(shape or {}))
-    model = CausalLM(config) if kind == "language" else SequenceClassifier(config, 3)
+    model: Model
+    if kind == "encoder":
+        model = EncoderClassifier(ENCODER, 3)
+    else:
+        model = CausalLM(config) if kind == "language" else SequenceClassifier(config, 3)
     init_weights(model, 0.02, seed=0)
     model.requires_grad_(trained == "full")
     if trained == "lora":
         is_sparse = config.num_local_experts > 0
         targets = ("q_proj", "v_proj", *(("w1", "w2") if is_sparse else ("down_proj",)))
+        if kind == "encoder":
+            targets = ("query", "value", "output.dense")
         settings = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets)
         attach(model, "clinical", settings, seed=0)
-    if isinstance(model, SequenceClassifier):
-        model.score.requires_grad_(True)
+    if isinstance(model, Classifier):
+        model.head.requires_grad_(True)
     return model
 
 
@@ -122,6 +138,10 @@ def make_objective(
         ("language", "lora", {"shape": MIXTRAL, "dropout": 0.1}),
         ("language", "full", {"shape": MIXTRAL}),
         ("classifier", "lora", {"shape": MIXTRAL}),
+        ("encoder", "lora", {}),
+        ("encoder", "lora", {"dropout": 0.1}),
+        ("encoder", "full", {}),
+        ("encoder", "full", {"checkpointing": True}),
     ],
     ids=str,
 )
@@ -159,7 +179,9 @@ def test_the_formula_is_what_autograd_keeps(
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("trained", ["lora", "full"])
 @pytest.mark.parametrize(
-    ("kind", "shape"), [("language", {}), ("classifier", {}), ("language", MIXTRAL)], ids=str
+    ("kind", "shape"),
+    [("language", {}), ("classifier", {}), ("language", MIXTRAL), ("encoder", {})],
+    ids=str,
 )
 def test_operations_are_what_torch_counts(
     kind: str, shape: dict[str, Any], trained: str, checkpointing: bool
