@@ -1,16 +1,16 @@
 """Outcome metrics with bootstrap intervals that resample whole patients.
 
 AUROC is the share of (positive, negative) pairs that the scores order rightly, a tie counting one
-half (Hanley and McNeil 1982). Several classes are compared one against one and averaged over the
-pairs (Hand and Till 2001), several labels one by one. Notes of one patient are not independent, so
-the intervals draw patients with replacement and count every note as often as its patient was drawn.
+half (Hanley and McNeil 1982). AUPRC is the average precision: the precision at each threshold,
+weighed by the recall that it adds (no interpolation, Davis and Goadrich 2006). Several classes are
+compared one against one for AUROC (Hand and Till 2001) and one against the rest for AUPRC; several
+labels one by one.
 
 Invariant: an estimate and its resamples come from one formula, and what is not defined (an AUROC of
 one class) is None, never nan and never 0.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,15 +19,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-Kind = Literal["binary", "multiclass", "multilabel"]
-Floats = NDArray[np.float64]
+from evaluation.bootstrap import (
+    Floats,
+    count_dtype,
+    defined,
+    estimate,
+    intervals,
+    number_clusters,
+)
 
-# An interval is given where the statistic is defined in this share of the resamples.
-DEFINED_SHARE = 0.95
-# Elements of the table of draws (patients x resamples) held at once; 256 MB of float32.
-DRAW_ELEMENTS = 1 << 26
-# Above this many notes a count of notes may not be exact in float32.
-EXACT_NOTES = 1 << 22
+Kind = Literal["binary", "multiclass", "multilabel"]
+LabelScores = Literal["sigmoid", "softmax"]
+HEADLINES = ("accuracy", "f1", "auroc", "auprc")
 
 
 def kind_of(labels: NDArray[Any], logits: NDArray[Any]) -> Kind:
@@ -46,11 +49,24 @@ def probabilities(logits: NDArray[Any], *, multilabel: bool) -> Floats:
     return np.asarray(odds / odds.sum(axis=1, keepdims=True))
 
 
+def ranking_scores(
+    labels: NDArray[Any], logits: NDArray[Any], label_scores: LabelScores = "sigmoid"
+) -> Floats:
+    """Return what AUROC and AUPRC rank by: float64 [n, C].
+
+    label_scores: with several labels a note, each label's own sigmoid, or the softmax over the
+    labels of "Parameter-Efficient Fine-Tuning of LLaMA for the Clinical Domain" (arXiv 2307.03042),
+    in which a note's labels compete. One label a note always has the softmax over its classes.
+    """
+    return probabilities(logits, multilabel=labels.ndim == 2 and label_scores == "sigmoid")
+
+
 def auroc(labels: NDArray[Any], scores: NDArray[Any]) -> float | None:
     """Return the AUROC of scores [n] for labels [n] of 0 and 1; None with one class alone."""
     rows = np.arange(len(labels))
     comparison = Comparison(rows, labels.astype(bool), scores)
-    return _defined(comparison.auroc(rows, torch.ones(len(rows), 1))[0])
+    counts = torch.ones(len(rows), 1, dtype=count_dtype(len(rows)))
+    return defined(comparison.areas(rows, counts)[0][0])
 
 
 def classification_metrics(
@@ -61,77 +77,119 @@ def classification_metrics(
     clusters: NDArray[Any] | None = None,
     resamples: int = 0,
     seed: int = 0,
+    label_scores: LabelScores = "sigmoid",
 ) -> dict[str, Any]:
-    """Return accuracy, F1 and AUROC with 95% percentile intervals, ready for JSON.
+    """Return accuracy, F1, AUROC and AUPRC with 95% percentile intervals, ready for JSON.
 
     labels: int64 [n] class numbers, or [n, C] of 0 and 1 for several labels a note; logits [n, C].
     clusters: [n], equal for notes that are drawn together, those of one patient; None where every
-    note stands alone.
-    Binary: F1 and AUROC are those of class 1. Several classes: F1 is the mean over the classes,
-    AUROC the mean over the pairs of classes, both ways round, and `per_label` has each class
-    against the rest. Several labels: F1 and AUROC are means over the labels, and a note is accurate
-    when all its labels are right. Classes, pairs and labels for which a metric is not defined (in
-    the notes or in a resample) stay out of its mean.
+    note stands alone. label_scores: see `ranking_scores`; accuracy and F1 take the sigmoid.
+    Binary: F1, AUROC and AUPRC are those of class 1. Several classes: F1 and AUPRC are means over
+    the classes, AUROC the mean over the pairs of classes, both ways round, and `per_label` has each
+    class against the rest. Several labels: all three are means over the labels, and a note is
+    accurate when all its labels are right. Classes, pairs and labels for which a metric is not
+    defined (in the notes or in a resample) stay out of its mean.
     Raises ValueError for scores that are not finite and for labels outside the classes.
     """
-    _check(labels, logits, label_names)
-    kind = kind_of(labels, logits)
-    scores = probabilities(logits, multilabel=kind == "multilabel")
-    clusters = np.arange(len(labels)) if clusters is None else clusters
-    cluster_of_row = np.unique(clusters, return_inverse=True)[1].reshape(-1)
-
-    if kind == "binary":
-        averaged, by_label = [_against_rest(labels == 1, scores[:, 1])], []
-    elif kind == "multiclass":
-        averaged = list(_one_against_one(labels, scores))
-        by_label = [_against_rest(labels == c, scores[:, c]) for c in range(len(label_names))]
-    else:
-        by_label = [_against_rest(labels[:, c] > 0, scores[:, c]) for c in range(len(label_names))]
-        averaged = by_label
-    agreement = _Agreement.of(labels, scores, cluster_of_row)
-
-    def statistics(counts: Tensor) -> Floats:
-        """Accuracy, F1, AUROC and each label's AUROC: [3 + labels, resamples]."""
-        aurocs = _stack([c.auroc(cluster_of_row, counts) for c in by_label], counts)
-        pairs = aurocs
-        if averaged is not by_label:
-            pairs = _stack([c.auroc(cluster_of_row, counts) for c in averaged], counts)
-        f1 = agreement.f1(counts)
-        mean_f1 = f1[1] if kind == "binary" else _means(f1)
-        return np.vstack([agreement.accuracy(counts), mean_f1, _means(pairs), aurocs])
-
-    n_clusters = int(cluster_of_row.max()) + 1
-    dtype = torch.float32 if len(labels) <= EXACT_NOTES else torch.float64
-    with _one_thread():
-        estimates = statistics(torch.ones(n_clusters, 1, dtype=dtype))[:, 0]
-        intervals = _intervals(statistics, len(estimates), n_clusters, dtype, resamples, seed)
+    check_scored(labels, logits, label_names)
+    cluster_of_row = number_clusters(clusters, len(labels))
+    measures = Measures.of(labels, logits, cluster_of_row, label_scores)
+    n_clusters, dtype = int(cluster_of_row.max()) + 1, count_dtype(len(labels))
+    estimates = estimate(measures.statistics, n_clusters, dtype)
+    ranges = intervals(
+        measures.statistics,
+        estimates,
+        n_clusters,
+        dtype,
+        resamples=resamples,
+        seed=seed,
+        centred=measures.are_auprc(),
+    )
 
     metrics: dict[str, Any] = {"n": len(labels), "clusters": n_clusters}
-    for i, name in enumerate(("accuracy", "f1", "auroc")):
-        metrics[name] = _defined(estimates[i])
-        metrics[f"{name}_ci"] = intervals[i]
-    if kind == "binary":
+    for i, name in enumerate(HEADLINES):
+        metrics[name] = defined(estimates[i])
+        metrics[f"{name}_ci"] = ranges[i]
+    if measures.kind == "binary":
         metrics["positives"] = int(labels.sum())
     else:
+        first, n_labels = len(HEADLINES), len(label_names)
         metrics["per_label"] = {
             name: {
-                "positives": int(by_label[c].positive.sum()),
-                "auroc": _defined(estimates[3 + c]),
-                "auroc_ci": intervals[3 + c],
+                "positives": int(measures.by_label[c].positive.sum()),
+                "auroc": defined(estimates[first + c]),
+                "auroc_ci": ranges[first + c],
+                "auprc": defined(estimates[first + n_labels + c]),
+                "auprc_ci": ranges[first + n_labels + c],
             }
             for c, name in enumerate(label_names)
         }
-        metrics["labels_scored"] = int((~np.isnan(estimates[3:])).sum())
+        scored = ~np.isnan(estimates[first : first + n_labels])
+        metrics["labels_scored"] = int(scored.sum())
     return metrics
 
 
 def headline_metrics(
     labels: NDArray[Any], logits: NDArray[Any], label_names: Sequence[str]
 ) -> dict[str, float]:
-    """Return accuracy, F1 and AUROC, those that are defined: what a run shows while it trains."""
+    """Return the headline metrics that are defined: what a run shows while it trains."""
     metrics = classification_metrics(labels, logits, label_names)
-    names = ("accuracy", "f1", "auroc")
-    return {name: metrics[name] for name in names if metrics[name] is not None}
+    return {name: metrics[name] for name in HEADLINES if metrics[name] is not None}
+
+
+class Measures(NamedTuple):
+    """Everything that is resampled of one model on one set of notes."""
+
+    kind: Kind
+    cluster_of_row: NDArray[np.int64]  # [n]
+    averaged: list["Comparison"]  # whose mean is the AUROC
+    by_label: list["Comparison"]  # each class or label against the rest
+    agreement: "_Agreement"
+
+    @classmethod
+    def of(
+        cls,
+        labels: NDArray[Any],
+        logits: NDArray[Any],
+        cluster_of_row: NDArray[np.int64],
+        label_scores: LabelScores = "sigmoid",
+    ) -> "Measures":
+        """Prepare labels [n] or [n, C] and logits [n, C]; see `classification_metrics`."""
+        kind = kind_of(labels, logits)
+        scores = ranking_scores(labels, logits, label_scores)
+        rows = np.arange(len(labels))
+        if kind == "multilabel":
+            positive = labels > 0
+        else:
+            positive = labels[:, None] == np.arange(scores.shape[1])
+        classes = [1] if kind == "binary" else range(scores.shape[1])
+        by_label = [Comparison(rows, positive[:, c], scores[:, c]) for c in classes]
+        averaged = list(_one_against_one(labels, scores)) if kind == "multiclass" else by_label
+        chances = ranking_scores(labels, logits)
+        agreement = _Agreement.of(labels, chances, cluster_of_row)
+        return cls(kind, cluster_of_row, averaged, by_label, agreement)
+
+    def statistics(self, counts: Tensor) -> Floats:
+        """Return the HEADLINES, then every label's AUROC and AUPRC (binary: only once).
+
+        counts: [clusters, resamples], how often each cluster was drawn. float64 [S, resamples].
+        """
+        areas = [c.areas(self.cluster_of_row, counts) for c in self.by_label]
+        aurocs, auprcs = (np.stack(column) for column in zip(*areas, strict=True))
+        pairs = aurocs
+        if self.averaged is not self.by_label:
+            found = [c.areas(self.cluster_of_row, counts)[0] for c in self.averaged]
+            pairs = np.stack(found) if found else np.full((1, counts.shape[1]), np.nan)
+        f1 = self.agreement.f1(counts)
+        mean_f1 = f1[1] if self.kind == "binary" else _means(f1)
+        headlines = [self.agreement.accuracy(counts), mean_f1, _means(pairs), _means(auprcs)]
+        return np.vstack([*headlines, aurocs, auprcs])
+
+    def are_auprc(self) -> NDArray[np.bool_]:
+        """Tell which of the statistics are AUPRCs: [S]."""
+        headlines = [name == "auprc" for name in HEADLINES]
+        labels = len(self.by_label)
+        return np.array([*headlines, *[False] * labels, *[True] * labels])
 
 
 class Comparison(NamedTuple):
@@ -141,38 +199,43 @@ class Comparison(NamedTuple):
     positive: NDArray[np.bool_]  # [m]
     scores: Floats  # [m]
 
-    def auroc(self, cluster_of_row: NDArray[np.int64], counts: Tensor) -> Floats:
-        """Return [resamples]: the AUROC where each cluster counts as often as it was drawn.
+    def areas(self, cluster_of_row: NDArray[np.int64], counts: Tensor) -> tuple[Floats, Floats]:
+        """Return AUROC and AUPRC where each cluster counts as often as it was drawn: 2 x [B].
 
-        counts: [clusters, resamples], how often. nan where a resample has one class alone.
-        Positives between the same two negatives form one group, so the notes are summed once for
-        all resamples, and what is left to do grows with the number of groups.
+        counts: [clusters, B], how often. nan where a resample has one class alone.
+        Positives of one score form a group, and negatives lie between two groups or on one, so the
+        notes are summed once for all resamples, and what is left to do grows with the groups.
         """
         clusters = cluster_of_row[self.rows]
-        positive_scores, negative_scores = self.scores[self.positive], self.scores[~self.positive]
-        # A positive's place among the negatives' values: 2k between two values, 2k + 1 on one.
-        values, value_of_negative = np.unique(negative_scores, return_inverse=True)
-        places, group_of_positive = np.unique(_place(values, positive_scores), return_inverse=True)
-        place_of_negative = _place(places, 2 * value_of_negative + 1)
+        values, group_of_positive = np.unique(self.scores[self.positive], return_inverse=True)
+        negative_scores = self.scores[~self.positive]
+        # A negative's place among the positives' values: 2g below value g, 2g + 1 on it.
+        place_of_negative = np.searchsorted(values, negative_scores, "left")
+        place_of_negative += np.searchsorted(values, negative_scores, "right")
 
-        positives = _sum_in_bags(clusters[self.positive], group_of_positive, len(places), counts)
+        positives = _sum_in_bags(clusters[self.positive], group_of_positive, len(values), counts)
         negatives = _sum_in_bags(
-            clusters[~self.positive], place_of_negative, 2 * len(places) + 1, counts
+            clusters[~self.positive], place_of_negative, 2 * len(values) + 1, counts
         )
         for bag in range(1, len(negatives)):  # running sums, in place
             np.add(negatives[bag], negatives[bag - 1], out=negatives[bag])
-        # Below group g lie the bags up to 2g; bag 2g + 1 ties with it and counts one half.
+        below, up_to, n_negatives = negatives[0:-1:2], negatives[1::2], negatives[-1]
+        n_positives = positives.sum(0, dtype=np.float64)
+        pairs = n_positives * n_negatives
+        # Each positive wins against the negatives below it, and half against those on it.
         won = 0.5 * sum(
-            np.einsum("gb,gb->b", positives, part, dtype=np.float64)
-            for part in (negatives[0:-1:2], negatives[1::2])
+            np.einsum("gb,gb->b", positives, part, dtype=np.float64) for part in (below, up_to)
         )
-        pairs = positives.sum(0, dtype=np.float64) * negatives[-1]
-        return np.divide(won, pairs, out=np.full(len(won), np.nan), where=pairs > 0)
-
-
-def _place(values: NDArray[Any], points: NDArray[Any]) -> NDArray[np.int64]:
-    """Return for each point 2k between values[k - 1] and values[k], and 2k + 1 on values[k]."""
-    return np.searchsorted(values, points, "left") + np.searchsorted(values, points, "right")
+        # At the threshold of group g it and all above are found: so many true, so many false.
+        found = np.cumsum(positives[::-1], axis=0)[::-1]
+        false = n_negatives - below
+        precision = found / np.maximum(found + false, 1, dtype=np.float64)
+        gained = np.einsum("gb,gb->b", positives, precision)
+        auroc, auprc = (
+            np.divide(part, whole, out=np.full(len(pairs), np.nan), where=pairs > 0)
+            for part, whole in ((won, pairs), (gained, n_positives))
+        )
+        return auroc, auprc
 
 
 def _sum_in_bags(
@@ -186,10 +249,6 @@ def _sum_in_bags(
     return embedding_bag(
         torch.from_numpy(clusters[order]), counts, torch.from_numpy(starts), mode="sum"
     ).numpy()
-
-
-def _against_rest(positive: NDArray[np.bool_], scores: Floats) -> Comparison:
-    return Comparison(np.arange(len(positive)), positive, scores)
 
 
 def _one_against_one(labels: NDArray[Any], scores: Floats) -> Iterator[Comparison]:
@@ -220,7 +279,7 @@ class _Agreement(NamedTuple):
             true = labels[:, None] == classes
             predicted = scores.argmax(axis=1)[:, None] == classes
         index = torch.from_numpy(cluster_of_row)
-        dtype = torch.float32 if len(labels) <= EXACT_NOTES else torch.float64
+        dtype = count_dtype(len(labels))
 
         def summed(values: NDArray[Any]) -> Tensor:
             source = torch.from_numpy(values).to(dtype)
@@ -244,52 +303,6 @@ class _Agreement(NamedTuple):
         return (2 * hits / (self.predicted_and_true.T @ counts)).numpy()
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The sums are many and short: threads would wait for each other longer than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _intervals(
-    statistics: Callable[[Tensor], Floats],
-    n_statistics: int,
-    n_clusters: int,
-    dtype: torch.dtype,
-    resamples: int,
-    seed: int,
-) -> list[list[float] | None]:
-    """Return the 2.5th and 97.5th percentile of each statistic over resamples of the clusters."""
-    if n_clusters < 2 or resamples == 0:
-        return [None] * n_statistics
-    generator = np.random.default_rng(seed)
-    width = max(1, DRAW_ELEMENTS // n_clusters)
-    drawn = []
-    for start in range(0, resamples, width):
-        counts = torch.empty(n_clusters, min(width, resamples - start), dtype=dtype)
-        for b in range(counts.shape[1]):
-            clusters = generator.integers(0, n_clusters, n_clusters)
-            counts[:, b] = torch.from_numpy(np.bincount(clusters, minlength=n_clusters))
-        drawn.append(statistics(counts))
-    return [_interval(values) for values in np.concatenate(drawn, axis=1)]
-
-
-def _interval(values: Floats) -> list[float] | None:
-    defined = values[~np.isnan(values)]
-    if len(defined) < DEFINED_SHARE * len(values):
-        return None
-    low, high = np.quantile(defined, [0.025, 0.975])
-    return [float(low), float(high)]
-
-
-def _stack(rows: list[Floats], counts: Tensor) -> Floats:
-    return np.stack(rows) if rows else np.empty((0, counts.shape[1]))
-
-
 def _means(values: Floats) -> Floats:
     """Return the mean of each column [S, B] -> [B] over what is defined in it, else nan."""
     number = (~np.isnan(values)).sum(axis=0)
@@ -297,11 +310,8 @@ def _means(values: Floats) -> Floats:
     return np.divide(total, number, out=np.full(len(total), np.nan), where=number > 0)
 
 
-def _defined(value: np.float64) -> float | None:
-    return None if np.isnan(value) else float(value)
-
-
-def _check(labels: NDArray[Any], logits: NDArray[Any], label_names: Sequence[str]) -> None:
+def check_scored(labels: NDArray[Any], logits: NDArray[Any], label_names: Sequence[str]) -> None:
+    """Raise ValueError for what cannot be scored; see `classification_metrics`."""
     if logits.ndim != 2 or len(logits) != len(labels) or logits.shape[1] != len(label_names):
         raise ValueError(
             f"scores must be [{len(labels)}, {len(label_names)}] (notes, labels), "
