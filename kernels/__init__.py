@@ -23,7 +23,6 @@ from kernels.reference import (
     grouped_lora_linear,
     keep_mask,
     lora_linear,
-    rms_norm,
     rope,
     route,
     row_keys,
@@ -36,6 +35,7 @@ __all__ = [
     "LinearOperands",
     "LowRank",
     "Routing",
+    "add_rms_norm",
     "combine",
     "dispatch",
     "dropout",
@@ -82,6 +82,26 @@ def _is_fused(operation: str, x: Tensor) -> bool:
         return False
     major, minor = torch.cuda.get_device_capability(x.device)
     return 10 * major + minor in RECORDED_WINS.get(operation, ())
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight: x [M, D], weight [D] (arXiv 1910.07467)."""
+    if _is_fused("rms_norm", x):
+        from kernels import norm
+
+        if x.shape[-1] <= norm.WIDEST:
+            return norm.rms_norm(x, weight, eps)
+    return reference.rms_norm(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`rms_norm` of x + residual, and the sum, the new residual: x, residual [M, D]."""
+    if _is_fused("add_rms_norm", x):
+        from kernels import norm
+
+        if x.shape[-1] <= norm.WIDEST:
+            return norm.add_rms_norm(x, residual, weight, eps)
+    return reference.add_rms_norm(x, residual, weight, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

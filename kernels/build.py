@@ -19,7 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
@@ -30,6 +32,7 @@ OPERATIONS = (
     "gated",
     "hashing",
     "head_loss",
+    "norm",
 )  # fmt: skip
 # Bytes of shared memory that one block may have (CUDA programming guide, table of capabilities).
 SHARED_LIMIT: Mapping[int, int] = {80: 166_912, 90: 232_448, 100: 232_448}
@@ -76,6 +79,14 @@ class Built(NamedTuple):
     shared: int  # bytes of a block
     registers: int  # of a thread
     spill_bytes: int  # stored to local memory because registers ran out
+
+
+def capability_of(x: Tensor) -> int:
+    """The compute capability whose lists apply to x's device; the interpreter takes the first."""
+    if not x.is_cuda:
+        return CAPABILITIES[0]
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return max((c for c in CAPABILITIES if c <= 10 * major + minor), default=CAPABILITIES[0])
 
 
 def compile_ahead(build: Build, capability: int) -> Built:

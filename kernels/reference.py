@@ -125,28 +125,49 @@ def dropout(x: Tensor, p: float, keys: Tensor | None, site: int) -> Tensor:
 # --- normalisation, positions, activation -------------------------------------------------------
 
 
+def _normalise(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x [M, D] over its root mean square, times weight; and 1 / that root [M, 1], float32 or wider.
+
+    A norm and a square read x once; squaring x first would write it out as well.
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    rstd = rstd.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (wide * rstd).to(x.dtype).mul_(weight.to(x.dtype)), rstd
+
+
+def _through_normalise(
+    dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *, needs_dx: bool, needs_dweight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of `_normalise`: with n = x rstd and g = dy weight,
+
+    dx = (g - n mean(g n)) rstd and dweight = the sum of dy n over rows.
+    """
+    wide = x if x.dtype == torch.float64 else x.float()
+    normed = wide * rstd
+    dx = dweight = None
+    if needs_dweight:
+        dweight = (dy.to(normed.dtype) * normed).sum(0).to(weight.dtype)
+    if needs_dx:
+        g = dy.to(normed.dtype) * weight.to(normed.dtype)
+        mean = torch.linalg.vecdot(g, normed)[:, None].div_(x.shape[-1])
+        dx = g.addcmul_(normed, mean, value=-1).mul_(rstd).to(x.dtype)
+    return dx, dweight
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        # A norm and a square read x once; squaring x first would write it out as well.
-        rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        rstd = rstd.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        y, rstd = _normalise(x, weight, eps)
         ctx.save_for_backward(x, weight, rstd)
-        return (wide * rstd).to(x.dtype).mul_(weight.to(x.dtype))
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight, rstd = ctx.saved_tensors
-        wide = x if x.dtype == torch.float64 else x.float()
-        normed = wide * rstd
-        dx = dweight = None
-        if ctx.needs_input_grad[1]:
-            dweight = (dy.to(normed.dtype) * normed).sum(0).to(weight.dtype)
-        if ctx.needs_input_grad[0]:
-            g = dy.to(normed.dtype) * weight.to(normed.dtype)
-            mean = torch.linalg.vecdot(g, normed)[:, None].div_(x.shape[-1])
-            dx = g.addcmul_(normed, mean, value=-1).mul_(rstd).to(x.dtype)
+        needs_dx, needs_dweight, _ = ctx.needs_input_grad
+        dx, dweight = _through_normalise(
+            dy, *ctx.saved_tensors, needs_dx=needs_dx, needs_dweight=needs_dweight
+        )
         return dx, dweight, None
 
 
@@ -161,6 +182,44 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         weight: [D].
     """
     return _RMSNorm.apply(x, weight, eps)
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        y, rstd = _normalise(total, weight, eps)
+        ctx.save_for_backward(total, weight, rstd)
+        return y, total
+
+    @staticmethod
+    def backward(
+        ctx: Any, dy: Tensor, dtotal: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        needs_dx = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        dx, dweight = _through_normalise(
+            dy, *ctx.saved_tensors, needs_dx=needs_dx, needs_dweight=ctx.needs_input_grad[2]
+        )
+        if dx is not None:
+            dx += dtotal
+        return dx, dx, dweight, None
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + residual, rounded to their dtype, normalised; and the sum itself.
+
+    The same numbers as `rms_norm(x + residual, weight, eps)`, in fewer passes over memory.
+
+    Args:
+        x, residual: [M, D] of one dtype.
+        weight: [D].
+
+    Returns:
+        The normalised rows and the new residual, both [M, D].
+    """
+    return _AddRMSNorm.apply(x, residual, weight, eps)
 
 
 def _rotate(x_MNH: Tensor, cos_M1h: Tensor, sin_M1h: Tensor) -> Tensor:

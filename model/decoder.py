@@ -130,6 +130,10 @@ class RMSNorm(nn.Module):
         """x: [M, D] -> [M, D]."""
         return kernels.rms_norm(x, self.weight, self.eps)
 
+    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x + residual, and that sum: all [M, D]."""
+        return kernels.add_rms_norm(x, residual, self.weight, self.eps)
+
 
 class Attention(nn.Module):
     """Multi-head, grouped-query or multi-query attention: G of N key-value heads.
@@ -257,8 +261,7 @@ class Block(nn.Module):
         if chosen is not None:
             x_MD = x_MD[chosen.rows]
             dropout_keys = None if dropout_keys is None else dropout_keys[chosen.rows]
-        x_MD = x_MD + attended
-        normed_MD = self.post_attention_layernorm(x_MD)
+        normed_MD, x_MD = self.post_attention_layernorm.of_sum(attended, x_MD)
         if self.block_sparse_moe is None:
             assert self.mlp is not None
             return x_MD + self.mlp(normed_MD, dropout_keys), None

@@ -35,6 +35,30 @@ def test_rms_norm_is_its_formula(shape: tuple[int, int]) -> None:
     agree(kernels.rms_norm(x, weight, 1e-5), truth, [x, weight])
 
 
+def test_add_rms_norm_is_the_norm_of_the_sum_and_the_sum() -> None:
+    x, residual, weight = make(5, 9), make(5, 9, seed=1), make(9, seed=2)
+    total = x + residual
+    truth = torch.cat([kernels.rms_norm(total, weight, 1e-5), total])
+    agree(torch.cat(kernels.add_rms_norm(x, residual, weight, 1e-5)), truth, [x, residual, weight])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_add_rms_norm_gives_the_bits_of_its_parts(dtype: torch.dtype) -> None:
+    x, residual, dy, dtotal = (make(7, 33, seed=i).detach().to(dtype) for i in range(4))
+    weight = make(33, seed=4).detach().to(dtype)
+    found, wanted = [], []
+    for results, is_fused in ((found, True), (wanted, False)):
+        leaves = [t.clone().requires_grad_() for t in (x, residual, weight)]
+        if is_fused:
+            outputs = kernels.add_rms_norm(*leaves, 1e-5)
+        else:
+            total = leaves[0] + leaves[1]
+            outputs = kernels.rms_norm(total, leaves[2], 1e-5), total
+        torch.autograd.backward(outputs, [dy, dtotal])
+        results += [*outputs, *(leaf.grad for leaf in leaves)]
+    assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True))
+
+
 def test_rms_norm_of_a_zero_row_is_zero() -> None:
     x = torch.zeros(2, 8, dtype=torch.float64, requires_grad=True)
     y = kernels.rms_norm(x, torch.ones(8, dtype=torch.float64), 1e-5)
