@@ -23,7 +23,6 @@ from kernels.reference import (
     grouped_lora_linear,
     keep_mask,
     lora_linear,
-    rope,
     route,
     row_keys,
 )
@@ -102,6 +101,15 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         if x.shape[-1] <= norm.WIDEST:
             return norm.add_rms_norm(x, residual, weight, eps)
     return reference.add_rms_norm(x, residual, weight, eps)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Turn q [M, N, H] and k [M, G, H] by the angles of cos and sin [M, H / 2], half-split."""
+    if _is_fused("rope", q):
+        from kernels import rotary
+
+        return rotary.rope(q, k, cos, sin)
+    return reference.rope(q, k, cos, sin)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ OPERATIONS = (
     "hashing",
     "head_loss",
     "norm",
+    "rotary",
 )  # fmt: skip
 # Bytes of shared memory that one block may have (CUDA programming guide, table of capabilities).
 SHARED_LIMIT: Mapping[int, int] = {80: 166_912, 90: 232_448, 100: 232_448}

@@ -4,6 +4,7 @@ Letters: M rows, F feed-forward width. Forward and backward each read their inpu
 once. The invariant: `kernels.reference.swiglu` is the contract.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,16 +13,22 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import reference
-from kernels.build import OPTIONS, Build
+from kernels.build import OPTIONS, Build, capability_of
 from kernels.timing import MODELS, ROWS, Case
 
-_BLOCK, _WARPS = 2048, 8
+# Columns of a program and its warps, by capability: one 16-byte vector of bfloat16 a thread and
+# tensor, or two. Neighbouring programs take neighbouring columns.
+_CONFIGURATIONS: Mapping[int, tuple[tuple[int, int], ...]] = {
+    80: ((1024, 4), (2048, 8), (2048, 4)),
+    90: ((1024, 4), (2048, 8), (2048, 4)),
+    100: ((2048, 4), (1024, 4), (2048, 8)),
+}
 
 
 @triton.jit
-def _swiglu_forward(gate, up, out, gate_stride, up_stride, F, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+def _swiglu_forward(gate, up, out, gate_stride, up_stride, F, blocks, BLOCK: tl.constexpr):
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = columns < F
     g = tl.load(gate + row * gate_stride + columns, inside, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride + columns, inside, other=0.0).to(tl.float32)
@@ -31,10 +38,10 @@ def _swiglu_forward(gate, up, out, gate_stride, up_stride, F, BLOCK: tl.constexp
 
 @triton.jit
 def _swiglu_backward(
-    dy, gate, up, dgate, dup, dy_stride, gate_stride, up_stride, F, BLOCK: tl.constexpr
+    dy, gate, up, dgate, dup, dy_stride, gate_stride, up_stride, F, blocks, BLOCK: tl.constexpr
 ):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    columns = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = columns < F
     d = tl.load(dy + row * dy_stride + columns, inside, other=0.0).to(tl.float32)
     g = tl.load(gate + row * gate_stride + columns, inside, other=0.0).to(tl.float32)
@@ -53,10 +60,11 @@ class _SwiGLU(torch.autograd.Function):
         ctx.save_for_backward(gate, up)
         rows, width = gate.shape
         out = gate.new_empty(rows, width)
-        grid = (rows, triton.cdiv(width, _BLOCK))
-        _swiglu_forward[grid](
-            gate, up, out, gate.stride(0), up.stride(0), width,
-            BLOCK=_BLOCK, num_warps=_WARPS, **OPTIONS,
+        (block, warps), *_ = _CONFIGURATIONS[capability_of(gate)]
+        blocks = triton.cdiv(width, block)
+        _swiglu_forward[(rows * blocks,)](
+            gate, up, out, gate.stride(0), up.stride(0), width, blocks,
+            BLOCK=block, num_warps=warps, **OPTIONS,
         )  # fmt: skip
         return out
 
@@ -66,9 +74,11 @@ class _SwiGLU(torch.autograd.Function):
         dy = _rows(dy)
         rows, width = gate.shape
         dgate, dup = gate.new_empty(rows, width), up.new_empty(rows, width)
-        _swiglu_backward[(rows, triton.cdiv(width, _BLOCK))](
-            dy, gate, up, dgate, dup, dy.stride(0), gate.stride(0), up.stride(0), width,
-            BLOCK=_BLOCK, num_warps=_WARPS, **OPTIONS,
+        (block, warps), *_ = _CONFIGURATIONS[capability_of(gate)]
+        blocks = triton.cdiv(width, block)
+        _swiglu_backward[(rows * blocks,)](
+            dy, gate, up, dgate, dup, dy.stride(0), gate.stride(0), up.stride(0), width, blocks,
+            BLOCK=block, num_warps=warps, **OPTIONS,
         )  # fmt: skip
         return dgate, dup
 
@@ -84,28 +94,24 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def builds(capability: int) -> list[Build]:
-    """The kernels as they are launched, the same at every capability."""
-    strides = {"gate_stride": "i32", "up_stride": "i32", "F": "i32"}
+    """Both kernels in every configuration; the first is launched."""
+    strides = dict.fromkeys(("gate_stride", "up_stride", "F"), "i32")
     inputs = {"gate": "*bf16", "up": "*bf16"}
+    forward = {**inputs, "out": "*bf16", **strides}
+    backward = {
+        **dict.fromkeys(("dy", "dgate", "dup"), "*bf16"), **inputs, "dy_stride": "i32", **strides,
+    }  # fmt: skip
     return [
         Build(
-            kernel=_swiglu_forward,
-            signature={**inputs, "out": "*bf16", **strides},
-            constants={"BLOCK": _BLOCK},
-            num_warps=_WARPS,
-            divisible=tuple(strides),
-        ),
-        Build(
-            kernel=_swiglu_backward,
-            signature={
-                "dy": "*bf16", **inputs, "dgate": "*bf16", "dup": "*bf16", "dy_stride": "i32",
-                **strides,
-            },
-            constants={"BLOCK": _BLOCK},
-            num_warps=_WARPS,
-            divisible=("dy_stride", *strides),
-        ),
-    ]  # fmt: skip
+            kernel=kernel,
+            signature={**signature, "blocks": "i32"},
+            constants={"BLOCK": block},
+            num_warps=warps,
+            divisible=("dy_stride", *strides) if "dy_stride" in signature else tuple(strides),
+        )
+        for block, warps in _CONFIGURATIONS[capability]
+        for kernel, signature in ((_swiglu_forward, forward), (_swiglu_backward, backward))
+    ]
 
 
 def cases() -> list[Case]:
