@@ -5,7 +5,6 @@ invariant: the initial values and the dropout site are functions of (seed, adapt
 name) alone, so neither the order of attaching nor other adapters change a run.
 """
 
-import hashlib
 import math
 
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 
 import kernels
 from lora.config import LoraConfig
+from lora.initial import Draws, stable_hash
 
 
 class LoraAdapter(nn.Module):
@@ -45,10 +45,8 @@ class LoraAdapter(nn.Module):
         self.dropout = config.lora_dropout
         self.site = stable_hash(adapter, layer) % 2**31
         rank = config.rank(layer)
-        generator = torch.Generator().manual_seed(stable_hash(str(seed), adapter, layer) % 2**63)
-        bound = 1.0 / math.sqrt(in_features)
-        down = torch.empty(rank, in_features).uniform_(-bound, bound, generator=generator)
-        self.lora_A = nn.Parameter(down)
+        draws, bound = Draws(seed, adapter, torch.device("cpu")), 1.0 / math.sqrt(in_features)
+        self.lora_A = draws.uniform(layer, rank, in_features, bound=bound)
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank))
 
     def low_rank(self) -> kernels.LowRank:
@@ -60,9 +58,3 @@ class LoraAdapter(nn.Module):
             f"{in_features}, {self.lora_B.shape[0]}, r={rank}, scaling={self.scaling:g}, "
             f"dropout={self.dropout:g}"
         )
-
-
-def stable_hash(*words: str) -> int:
-    """64 bits of SHA-256 of the words, the same in every process (Python's `hash` is not)."""
-    text = "\0".join(words)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

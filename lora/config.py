@@ -59,12 +59,9 @@ class LoraConfig:
     """Whole modules that a PEFT folder holds beside the update: the classification head."""
 
     def __post_init__(self) -> None:
-        _check_rank("r", self.r)
+        check_whole("r", self.r)
         _check_alpha("lora_alpha", self.lora_alpha)
-        if not _is_number(self.lora_dropout) or not 0.0 <= self.lora_dropout < 1.0:
-            raise ValueError(
-                f"lora_dropout must be at least 0 and below 1, found {self.lora_dropout!r}"
-            )
+        check_share("lora_dropout", self.lora_dropout)
         _check_names("target_modules", self.target_modules)
         if not self.target_modules:
             raise ValueError(
@@ -74,7 +71,7 @@ class LoraConfig:
         _check_names("modules_to_save", self.modules_to_save, allow_pattern=False)
         if self.use_rslora not in (True, False):
             raise ValueError(f"use_rslora must be true or false, found {self.use_rslora!r}")
-        _check_patterns("rank_pattern", self.rank_pattern, _check_rank)
+        _check_patterns("rank_pattern", self.rank_pattern, check_whole)
         _check_patterns("alpha_pattern", self.alpha_pattern, _check_alpha)
 
     def rank(self, layer: str) -> int:
@@ -149,9 +146,16 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _check_rank(setting: str, rank: object) -> None:
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
-        raise ValueError(f"{setting} must be a whole number from 1 to {MAX_RANK}, found {rank!r}")
+def check_whole(setting: str, value: object, largest: int = MAX_RANK) -> None:
+    """Raise ValueError unless `value` is a whole number from 1 to `largest`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
+        raise ValueError(f"{setting} must be a whole number from 1 to {largest}, found {value!r}")
+
+
+def check_share(setting: str, value: object) -> None:
+    """Raise ValueError unless `value` is at least 0 and below 1."""
+    if not _is_number(value) or not 0.0 <= value < 1.0:
+        raise ValueError(f"{setting} must be at least 0 and below 1, found {value!r}")
 
 
 def _check_alpha(setting: str, alpha: object) -> None:

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from lora.config import LoraConfig
 from lora.parts import Parts, parts_of_run
-from lora.peft_format import StoredAdapter, read_adapter, shortest_targets, write_adapter
+from lora.peft_config import shortest_targets
+from lora.peft_format import StoredAdapter, read_adapter, write_adapter
 from model.ending import CommandParser, exit_code
 from model.files import new_folder
 from model.heads import Model
@@ -46,6 +47,7 @@ def export(parts: Parts, out: Path) -> LoraConfig:
             base_model_name=str(parts.base),
         )
         read_adapter(model, folder)  # the files fit the base one to one, or nothing is kept
+        assert isinstance(stacked.config, LoraConfig)
     return stacked.config
 
 
@@ -54,6 +56,7 @@ def stack(adapters: Sequence[StoredAdapter], model: Model) -> StoredAdapter:
     downs: dict[str, list[Tensor]] = {}
     ups: dict[str, list[Tensor]] = {}
     for adapter in adapters:
+        assert isinstance(adapter.config, LoraConfig)  # `lora.parts` has refused the others
         for key, tensor in adapter.update.items():
             layer, _, matrix = key.removesuffix(".weight").rpartition(".")
             if matrix == "lora_A":

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora.config import LoraConfig
+from lora.peft_config import read_adapter_config, read_peft_keys
 from lora.peft_format import TENSORS_FILE, find_adapter, stored_head
 from model.checkpoint import base_fingerprint, empty_classifier, weights_metadata
 from model.config import read_config, read_decoder_config
@@ -79,9 +81,11 @@ def parts_of_run(run: Path) -> Parts:
                     f"{run / HEAD_FILE}: {name} does not have one row for each of the "
                     f"{len(record['labels'])} labels in {RUN_FILE}"
                 )
+    adapters = tuple(run / ADAPTERS / name for name in record["adapters"])
+    _check_updates(adapters)
     return Parts(
         base=Path(record["config"]["model"]),
-        adapters=tuple(run / ADAPTERS / name for name in record["adapters"]),
+        adapters=adapters,
         head=head,
         label_names=tuple(record["labels"]),
         trained_on=record["fingerprints"]["base"],
@@ -96,6 +100,7 @@ def parts_of_folders(base: Path, folders: Sequence[Path]) -> Parts:
             was trained on top of, or a run's adapter is not what the run wrote.
     """
     adapters = tuple(find_adapter(folder) for folder in folders)
+    _check_updates(adapters)
     digests = [_update_digest(adapter) for adapter in adapters]
     if len(set(digests)) < len(digests):
         raise ValueError("one adapter is given twice; it would be added twice")
@@ -132,6 +137,17 @@ def parts_of_folders(base: Path, folders: Sequence[Path]) -> Parts:
         label_names=label_names,
         trained_on=bases.pop() if bases else None,
     )
+
+
+def _check_updates(adapters: Sequence[Path]) -> None:
+    """Refuse adapters that are no update of weights."""
+    for adapter in adapters:
+        if not isinstance(read_adapter_config(adapter), LoraConfig):
+            kind = read_peft_keys(adapter)["peft_type"]
+            raise ValueError(
+                f"{adapter} is of the kind {kind}, which updates no weight; only LoRA can be "
+                "merged or exported: keep the folder as it is, peft loads it"
+            )
 
 
 def check_base(parts: Parts) -> None:

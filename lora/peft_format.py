@@ -2,11 +2,8 @@
 
 The invariant: a folder is honoured whole or refused by name. PEFT itself loads without checking, so
 an adapter under wrong keys leaves the base model as it was and says nothing; here the tensors of
-the file and of the model match one to one, and every key of the configuration is one that is
-implemented, one that changes no number, or one that is switched off.
-
-What is written keeps to the keys that every release of PEFT since 0.5 reads, and `use_rslora` and
-`use_dora`, so that older releases load it too.
+the file and of the model match one to one, and every key of the configuration is
+checked (`lora.peft_config`).
 """
 
 import json
@@ -16,70 +13,44 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
+from lora.adaption_prompt import AdaptionPromptConfig
 from lora.attach import (
     HEADS,
+    AdapterConfig,
     adapter_config,
     adapter_state,
     attach,
     check_same_tensors,
+    decoder_of,
     load_adapter_state,
-    targeted_layers,
+    state_shapes,
 )
 from lora.config import LoraConfig, name_matches, shorten
+from lora.peft_config import (
+    CLASSIFICATION_HEADS,
+    CONFIG_FILE,
+    check_sizes,
+    peft_keys,
+    read_adapter_config,
+    read_peft_keys,
+)
 from model.files import (
     new_folder,
     open_safetensors,
     read_finite,
-    read_json,
     sync,
     write_json,
     write_safetensors,
 )
 
-CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 
-# PEFT wraps a model twice, so its names stand behind this.
-_PREFIX = "base_model.model."
-# PEFT lists both under modules_to_save for a classifier; the head of a LLaMA is `score`.
-_CLASSIFICATION_HEADS = ("classifier", "score")
-
-_IMPLEMENTED = frozenset(
-    {
-        "alpha_pattern",
-        "exclude_modules",
-        "lora_alpha",
-        "lora_dropout",
-        "modules_to_save",
-        "r",
-        "rank_pattern",
-        "target_modules",
-        "use_rslora",
-    }
-)
-_CHANGES_NO_NUMBER = frozenset(
-    {
-        "auto_mapping",
-        "base_model_name_or_path",
-        "inference_mode",
-        "peft_type",
-        "peft_version",
-        "revision",
-        "task_type",
-    }
-)
-# Values, besides null, false and empty ones, that mean that a feature of PEFT is not in use. The
-# other initialisations of PEFT (PiSSA, OLoRA, CorDA, LoftQ, ...) change the base weights.
-_NOT_IN_USE: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "init_lora_weights": (True, "gaussian", "orthogonal"),
-    "megatron_core": ("megatron.core",),
-    "qalora_group_size": (16,),
-}
+# PEFT wraps a model twice, so its names stand behind this; with virtual tokens or a prefix once.
+_PREFIX, _PROMPT_PREFIX = "base_model.model.", "base_model."
+_EMBEDDINGS = "prompt_embeddings"  # and these stand alone
 # Matches patterns with names, as `LoraConfig` does afterwards, and says nothing.
 _TRIAL = """
 import json, re, sys
@@ -98,7 +69,7 @@ _FLOATS = ("F32", "F16", "BF16")
 class StoredAdapter:
     """What a PEFT folder holds: settings, update and head, named as in the model."""
 
-    config: LoraConfig
+    config: AdapterConfig
     update: dict[str, Tensor]  # as by `lora.attach.adapter_state`, float32
     head: dict[str, Tensor]
 
@@ -153,30 +124,34 @@ def write_adapter(
     tensors = {**stored.update, **stored.head}
     write_safetensors(
         folder / TENSORS_FILE,
-        {f"{_PREFIX}{key}": tensor.detach().float() for key, tensor in tensors.items()},
+        {
+            _stored_name(key, stored.config): tensor.detach().float()
+            for key, tensor in tensors.items()
+        },
         # PEFT has no place for an adapter's name; the header of the tensor file has.
         metadata={"adapter": name},
     )
     modules_to_save = sorted({key.rpartition(".")[0] for key in stored.head})
     write_json(
-        folder / CONFIG_FILE, _peft_config(stored.config, model, base_model_name, modules_to_save)
+        folder / CONFIG_FILE, peft_keys(stored.config, model, base_model_name, modules_to_save)
     )
 
 
 def load_adapter(
     model: nn.Module, folder: Path, name: str, *, trainable: bool = True
-) -> LoraConfig:
+) -> AdapterConfig:
     """Attach the adapter of a PEFT folder under `name` and return its settings.
 
-    Where `modules_to_save` lists the classification head, the model's head takes the values in the
-    file. `folder` may also be the parent of the one folder that holds an adapter (PEFT saves a
-    named adapter in a sub-folder).
+    Of P-tuning and of a projected prefix the folder holds what their encoder gave, which goes on
+    without it. Where the file holds the classification head, the model's head takes its values.
+    `folder` may also be the parent of the one folder that holds an adapter (PEFT saves a named
+    adapter in a sub-folder).
 
     Raises:
         ValueError: the files, a setting or a tensor cannot be honoured; the model is as before.
     """
     stored = read_adapter(model, folder)
-    attach(model, name, stored.config, seed=0, trainable=trainable)
+    attach(model, name, stored.config, seed=0, trainable=trainable, encoded=True)
     load_adapter_state(model, name, stored.update)
     state = model.state_dict()
     for key, tensor in stored.head.items():
@@ -192,22 +167,22 @@ def read_adapter(model: nn.Module, folder: Path) -> StoredAdapter:
     folder = find_adapter(folder)
     config = read_adapter_config(folder)
     try:
-        _check_matching_ends(config, model)
-        config, heads = _fit(config, model)
-        layers = targeted_layers(model, config)
+        if isinstance(config, LoraConfig):
+            _check_matching_ends(config, model)
+            config, heads = _fit(config, model)
+        else:
+            check_sizes(read_peft_keys(folder), config, decoder_of(model, config).config)
+            held = {key.partition(".")[0] for key in stored_head(folder)}
+            heads = {name: child for name, child in model.named_children() if name in held}
+        update_shapes = state_shapes(model, config)
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG_FILE}: {error}") from error
-    update_shapes: dict[str, tuple[int, ...]] = {}
-    for layer_name, layer in layers.items():
-        rank = config.rank(layer_name)
-        update_shapes[f"{layer_name}.lora_A.weight"] = (rank, layer.in_features)
-        update_shapes[f"{layer_name}.lora_B.weight"] = (layer.out_features, rank)
     head_shapes = {
         f"{head}.{key}": tuple(parameter.shape)
         for head, module in heads.items()
         for key, parameter in module.named_parameters()
     }
-    tensors = _read_tensors(folder / TENSORS_FILE, {**update_shapes, **head_shapes})
+    tensors = _read_tensors(folder / TENSORS_FILE, config, {**update_shapes, **head_shapes})
     return StoredAdapter(
         config,
         update={key: tensors[key].float() for key in update_shapes},
@@ -217,13 +192,22 @@ def read_adapter(model: nn.Module, folder: Path) -> StoredAdapter:
 
 def stored_head(folder: Path) -> dict[str, Tensor]:
     """The classification head of a PEFT folder under its names in the model; {} without one."""
-    begins = tuple(f"{_PREFIX}{head}." for head in _CLASSIFICATION_HEADS)
+    config = read_adapter_config(folder)
+    names = {_stored_name(f"{head}.", config): f"{head}." for head in CLASSIFICATION_HEADS}
     with open_safetensors(folder / TENSORS_FILE) as file:
         return {
-            key.removeprefix(_PREFIX): file.get_tensor(key)
+            key.replace(stored, name, 1): file.get_tensor(key)
             for key in sorted(file.keys())
-            if key.startswith(begins)
+            for stored, name in names.items()
+            if key.startswith(stored)
         }
+
+
+def _stored_name(key: str, config: AdapterConfig) -> str:
+    """What PEFT calls a tensor of an adapter or a head in its files."""
+    if isinstance(config, LoraConfig | AdaptionPromptConfig):
+        return f"{_PREFIX}{key}"
+    return key if key == _EMBEDDINGS else f"{_PROMPT_PREFIX}{key}"
 
 
 def find_adapter(folder: Path) -> Path:
@@ -242,87 +226,6 @@ def find_adapter(folder: Path) -> Path:
     raise ValueError(
         f"{folder} must be a folder with {CONFIG_FILE}, or hold one such folder; found {found}"
     )
-
-
-def read_adapter_config(folder: Path) -> LoraConfig:
-    """The settings in a folder's `adapter_config.json`.
-
-    Raises:
-        ValueError: a key asks for what is not implemented, or has an impossible value.
-    """
-    path = Path(folder) / CONFIG_FILE
-    keys = read_json(path)
-    if not isinstance(keys, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(keys).__name__}")
-    if keys.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: peft_type must be LORA, found {keys.get('peft_type')!r}")
-    for key, value in keys.items():
-        if key in _IMPLEMENTED or key in _CHANGES_NO_NUMBER:
-            continue
-        in_use = value is not None and value is not False and value not in ([], {})
-        if in_use and value not in _NOT_IN_USE.get(key, ()):
-            raise ValueError(f"{path}: {key} = {json.dumps(value)} is not supported")
-    if keys.get("target_modules") is None:
-        raise ValueError(f"{path}: target_modules is missing")
-    settings: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in keys.items()
-        if key in _IMPLEMENTED and value is not None
-    }
-    if keys.get("task_type") == "SEQ_CLS" and "modules_to_save" not in settings:
-        # PEFT adds them to every classifier; older releases did so without a word in the file.
-        settings["modules_to_save"] = _CLASSIFICATION_HEADS
-    try:
-        return LoraConfig(**settings)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _peft_config(
-    config: LoraConfig,
-    model: nn.Module,
-    base_model_name: str | None,
-    modules_to_save: list[str],
-) -> dict[str, Any]:
-    alpha = config.lora_alpha
-    return {
-        "alpha_pattern": dict(config.alpha_pattern),
-        "auto_mapping": None,
-        "base_model_name_or_path": base_model_name,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": config.lora_dropout,
-        "modules_to_save": modules_to_save or None,
-        "peft_type": "LORA",
-        "r": config.r,
-        "rank_pattern": dict(config.rank_pattern),
-        "revision": None,
-        "target_modules": _peft_targets(config, model),
-        # PEFT expects a head in the file of every SEQ_CLS adapter.
-        "task_type": "SEQ_CLS" if modules_to_save else "CAUSAL_LM",
-        "use_dora": False,
-        "use_rslora": config.use_rslora,
-    }
-
-
-def _peft_targets(config: LoraConfig, model: nn.Module) -> list[str] | str:
-    """The targets without "all-linear" and `exclude_modules`, which older releases do not know."""
-    if not config.is_all_linear and not config.exclude_modules:
-        targets = config.target_modules
-        return targets if isinstance(targets, str) else list(targets)
-    return shortest_targets(tuple(targeted_layers(model, config)), model)
-
-
-def shortest_targets(layers: tuple[str, ...], model: nn.Module) -> list[str]:
-    """The last parts of the layers' names where these select no other layer; else whole names."""
-    short_names = tuple(sorted({name.rpartition(".")[2] for name in layers}))
-    by_short_names = targeted_layers(model, LoraConfig(target_modules=short_names))
-    return list(short_names if by_short_names.keys() == set(layers) else layers)
 
 
 def _check_matching_ends(config: LoraConfig, model: nn.Module) -> None:
@@ -358,10 +261,10 @@ def _fit(config: LoraConfig, model: nn.Module) -> tuple[LoraConfig, dict[str, nn
     heads: dict[str, nn.Module] = {}
     children = dict(model.named_children())
     for module in config.modules_to_save:
-        if module not in _CLASSIFICATION_HEADS:
+        if module not in CLASSIFICATION_HEADS:
             raise ValueError(
                 f"modules_to_save: {module!r} is not supported; only a classification head "
-                f"({' or '.join(_CLASSIFICATION_HEADS)}) can be saved beside an update"
+                f"({' or '.join(CLASSIFICATION_HEADS)}) can be saved beside an update"
             )
         if module in children:
             heads[module] = children[module]
@@ -374,7 +277,9 @@ def _fit(config: LoraConfig, model: nn.Module) -> tuple[LoraConfig, dict[str, nn
     return replace(config, target_modules=targets, modules_to_save=tuple(heads)), heads
 
 
-def _read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def _read_tensors(
+    path: Path, config: AdapterConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
     """Read exactly the tensors of `shapes`, which are named without PEFT's prefix.
 
     Names, shapes and dtypes are checked before any tensor is read.
@@ -386,12 +291,12 @@ def _read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
         )
     with open_safetensors(path) as file:
         found = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-        stray = [key for key in found if not key.startswith(_PREFIX)]
+        stray = [key for key in found if not key.startswith((_PROMPT_PREFIX, _EMBEDDINGS))]
         if stray:
             raise ValueError(f"{path}: {stray[0]!r} does not begin with {_PREFIX!r}")
         check_same_tensors(
             str(path),
-            expected={f"{_PREFIX}{key}": shape for key, shape in shapes.items()},
+            expected={_stored_name(key, config): shape for key, shape in shapes.items()},
             found={key: tuple(tensor.get_shape()) for key, tensor in found.items()},
         )
         for key, tensor in found.items():
@@ -399,7 +304,7 @@ def _read_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
                 raise ValueError(
                     f"{path}: {key} is {tensor.get_dtype()}; allowed: {', '.join(_FLOATS)}"
                 )
-        return {key: read_finite(file, f"{_PREFIX}{key}", path=path) for key in shapes}
+        return {key: read_finite(file, _stored_name(key, config), path=path) for key in shapes}
 
 
 def _check_replaceable(folder: Path, name: str) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lora.attach import adapted_layers, adapter_names, adapter_state, attach, detach
 from lora.config import LoraConfig
-from lora.peft_format import find_adapter, load_adapter, read_adapter_config, save_adapter
+from lora.peft_config import read_adapter_config
+from lora.peft_format import find_adapter, load_adapter, save_adapter
 from model.decoder import init_weights
 from model.heads import CausalLM, SequenceClassifier
 from tests.lora.oracle import (
@@ -417,8 +418,8 @@ def test_what_is_switched_off_is_ignored(model: CausalLM, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "IA3"}, "peft_type must be LORA, found 'IA3'"),
-        ({"peft_type": None}, "peft_type must be LORA"),
+        ({"peft_type": "IA3"}, "peft_type must be one of LORA, .*, found 'IA3'"),
+        ({"peft_type": None}, "peft_type must be one of LORA"),
         ({"target_modules": None}, "target_modules is missing"),
         ({"target_modules": []}, "target_modules is empty"),
         ({"target_modules": ["nothing"]}, "'nothing' fits no linear layer"),
