@@ -26,6 +26,7 @@ from kernels.reference import (
     route,
     row_keys,
 )
+from kernels.reference_int8 import dequantise, quantise_rows
 
 # transformers probes for a package called `kernels` and parses its version.
 __version__ = "0.0.0"
@@ -36,6 +37,7 @@ __all__ = [
     "Routing",
     "add_rms_norm",
     "combine",
+    "dequantise",
     "dispatch",
     "dropout",
     "force",
@@ -43,6 +45,7 @@ __all__ = [
     "keep_mask",
     "linear_cross_entropy",
     "lora_linear",
+    "quantise_rows",
     "rms_norm",
     "rope",
     "route",

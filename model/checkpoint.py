@@ -6,6 +6,10 @@ names of the published files, which transformers 5 writes too; the stacks of exp
 memory, and writes if asked to, are read as well, expert by expert. The invariant: a model is
 filled by exactly the tensors it has, name by name and shape by shape, all of them finite, or not at
 all; and everything is known to match before memory is asked for.
+
+A weight may be stored as int8, `NAME.weight` [N, K], with `NAME.weight_scale` [N] in float32
+(`kernels.reference_int8`). Either kind of file fills either kind of model: weights are quantised or
+dequantised one by one as they are read, so the most that is held is the model and one tensor.
 """
 
 import functools
@@ -18,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kernels import dequantise, quantise_rows
 from model.config import (
     DecoderConfig,
     EncoderConfig,
@@ -39,8 +44,9 @@ from model.files import (
     write_safetensors,
 )
 from model.heads import CausalLM, Classifier, Model, SequenceClassifier
-from model.linear import Linear
+from model.linear import Int8Compute, Linear, hold_int8
 
+_INT8, _SCALE = "I8", ".weight_scale"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _HEAD = "lm_head.weight"
@@ -91,20 +97,29 @@ class Place(NamedTuple):
 
 
 def load_causal_lm(
-    folder: Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    int8: Int8Compute | None = None,
 ) -> CausalLM:
-    """Load a decoder's checkpoint; ValueError says what is wrong with a bad one."""
+    """Load a decoder's checkpoint; ValueError says what is wrong with a bad one.
+
+    dtype: of all weights, or where `int8` says how linear layers compute, of all others.
+    """
     folder = Path(folder)
     config = read_decoder_config(folder)
     places = _places(folder)
     with torch.device("meta"):
         model = CausalLM(config)
+    if int8 is not None:
+        hold_int8(model, int8)
     if config.tie_word_embeddings and _HEAD in places:
         # Some writers store the shared matrix twice.
         _check_equal(places, _HEAD, _EMBEDDING)
         del places[_HEAD]
     _check_match(model, places, folder)
-    model.load_state_dict(_read(places, dtype, device), strict=True, assign=True)
+    model.load_state_dict(_read(places, model, dtype, device), strict=True, assign=True)
     return model
 
 
@@ -115,27 +130,30 @@ def load_classifier(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    int8: Int8Compute | None = None,
 ) -> Classifier:
     """Load a classifier, or a base whose pretraining head gives way to a fresh one.
 
     The head trains and is float32 or wider whatever `dtype` is. A fresh one is a function of
-    `seed` alone.
+    `seed` alone. `dtype` and `int8` as in `load_causal_lm`.
     """
     folder = Path(folder)
     config = read_config(folder)
     places = _places(folder)
     model = empty_classifier(config, num_labels)
+    if int8 is not None:
+        hold_int8(model, int8)
     places.pop(_HEAD, None)
     wide = torch.promote_types(dtype, torch.float32)
     names = model.head_state().keys()
     if names & places.keys():
         _check_match(model, places, folder)
-        head = _read({name: places.pop(name) for name in names}, wide, device)
+        head = _read({name: places.pop(name) for name in names}, model, wide, device)
     else:
         _check_match(model, {**places, **dict.fromkeys(names)}, folder)
         head = _fresh_head(model, seed)
         head = {name: tensor.to(device, wide) for name, tensor in head.items()}
-    model.load_state_dict(_read(places, dtype, device) | head, strict=True, assign=True)
+    model.load_state_dict(_read(places, model, dtype, device) | head, strict=True, assign=True)
     return model
 
 
@@ -195,8 +213,15 @@ def weights_metadata(folder: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
+def is_stored_int8(folder: Path) -> bool:
+    """Whether a checkpoint's linear layers are stored as int8."""
+    return any(name.endswith(_SCALE) for name in _places(Path(folder)))
+
+
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The widest number format among a checkpoint's tensors but a classifier's wide head."""
+    """The widest floating format among a checkpoint's tensors but a classifier's wide head and
+    what belongs to int8 weights.
+    """
     heads = (f"{SequenceClassifier.head_name}.", f"{EncoderClassifier.head_name}.")
     formats: set[str] = set()
     for path, names in _by_file(_places(Path(folder))).items():
@@ -204,8 +229,9 @@ def stored_dtype(folder: Path) -> torch.dtype:
             formats |= {
                 file.get_slice(place.key).get_dtype()
                 for name, place in names.items()
-                if not name.startswith(heads)
+                if not name.startswith(heads) and not name.endswith(_SCALE)
             }
+    formats.discard(_INT8)
     if unknown := formats - set(_FLOATING):
         raise ValueError(f"{folder} holds {min(unknown)} tensors; read are {', '.join(_FLOATING)}")
     return functools.reduce(torch.promote_types, [_FLOATING[name] for name in formats])
@@ -399,9 +425,19 @@ def _check_match(model: nn.Module, places: Mapping[str, Place | None], folder: P
 
     A name whose place is None is filled from elsewhere.
     """
-    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    wanted = {
+        name: list(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if not name.endswith(_SCALE)
+    }
     if missing := wanted.keys() - places.keys():
         raise ValueError(f"{folder} lacks tensors that its config.json asks for: {_some(missing)}")
+    # Stored scales come with the weights of linear layers, whether the model's are int8 or not.
+    layers = {name for name, module in model.named_modules() if isinstance(module, Linear)}
+    scaled = {
+        name for name in places if name.endswith(_SCALE) and name.removesuffix(_SCALE) in layers
+    }
+    wanted |= {name: wanted[_weight_of(name)][:1] for name in scaled}
     if unknown := places.keys() - wanted.keys():
         raise ValueError(f"{folder} has tensors that its config.json rules out: {_some(unknown)}")
     for path, names in _by_file(places).items():
@@ -413,10 +449,12 @@ def _check_match(model: nn.Module, places: Mapping[str, Place | None], folder: P
                         f"{path}: {name} has the shape {shape}; the model that config.json "
                         f"describes needs {wanted[name]}"
                     )
-                if form not in _FLOATING:
-                    raise ValueError(
-                        f"{path}: {name} is stored as {form}; read are {', '.join(_FLOATING)}"
-                    )
+                is_scaled = name.endswith(".weight") and _scale_of(name) in scaled
+                if (form == _INT8) if is_scaled else (form in _FLOATING):
+                    continue
+                allowed = _INT8 if is_scaled else ", ".join(_FLOATING)
+                more = f", and {_INT8} beside a weight_scale" if form == _INT8 else ""
+                raise ValueError(f"{path}: {name} is stored as {form}; read are {allowed}{more}")
 
 
 def _check_equal(places: Mapping[str, Place], a: str, b: str) -> None:
@@ -434,21 +472,80 @@ def _check_equal(places: Mapping[str, Place], a: str, b: str) -> None:
 
 
 def _read(
-    places: Mapping[str, Place], dtype: torch.dtype, device: torch.device | str
+    places: Mapping[str, Place],
+    model: nn.Module,
+    dtype: torch.dtype,
+    device: torch.device | str,
 ) -> dict[str, Tensor]:
-    is_meta = torch.device(device).type == "meta"  # shapes are in the headers
-    tensors: dict[str, Tensor] = {}
+    """The tensors as the model holds them: int8 with its scale where it does, else `dtype`."""
+    of_model = model.state_dict()
+    read: dict[str, Tensor] = {}
     for path, names in _by_file(places).items():
         with open_safetensors(path) as file:
             for name, place in names.items():
-                tensors[name] = (
-                    torch.empty(place.shape(file), dtype=dtype, device=device)
-                    if is_meta
-                    else read_finite(
-                        file, place.key, path=path, part=place.part, dtype=dtype, device=device
-                    )
-                )
-    return tensors
+                if not name.endswith(_SCALE):
+                    as_int8 = of_model[name].dtype == torch.int8
+                    scale = places.get(_scale_of(name))
+                    read |= _read_one(name, place, scale, file, as_int8, dtype, device)
+    return read
+
+
+def _read_one(
+    name: str,
+    place: Place,
+    scale_place: Place | None,
+    file: Any,
+    as_int8: bool,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> dict[str, Tensor]:
+    """One tensor of an open file; a weight that is int8 there or in the model with its scale."""
+    if torch.device(device).type == "meta":  # shapes are in the headers
+        shape = place.shape(file)
+        tensor = torch.empty(shape, dtype=torch.int8 if as_int8 else dtype, device="meta")
+        return {name: tensor} | ({_scale_of(name): tensor[:, 0].float()} if as_int8 else {})
+    is_stored_int8 = scale_place is not None and name.endswith(".weight")
+    tensor = read_finite(
+        file,
+        place.key,
+        path=place.file,
+        part=place.part,
+        dtype=None if is_stored_int8 or as_int8 else dtype,
+        device=device,
+    )
+    if is_stored_int8:
+        assert scale_place is not None
+        with open_safetensors(scale_place.file) as own:
+            scale = read_finite(
+                own, scale_place.key, path=scale_place.file, dtype=torch.float32, device=device
+            )
+        if not as_int8:
+            return {name: dequantise(tensor, scale, dtype)}
+    elif as_int8:
+        tensor, scale = _quantised(tensor)
+    else:
+        return {name: tensor}
+    return {name: tensor, _scale_of(name): scale}
+
+
+_QUANTISED_ROWS = 256  # at a time: their intermediates are wider than the weight itself
+
+
+def _quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
+    q = torch.empty_like(weight, dtype=torch.int8)
+    scale = torch.empty(len(weight), device=weight.device)
+    for start in range(0, len(weight), _QUANTISED_ROWS):
+        rows = slice(start, start + _QUANTISED_ROWS)
+        q[rows], scale[rows] = quantise_rows(weight[rows])
+    return q, scale
+
+
+def _scale_of(weight: str) -> str:
+    return weight.removesuffix(".weight") + _SCALE
+
+
+def _weight_of(scale: str) -> str:
+    return scale.removesuffix(_SCALE) + ".weight"
 
 
 def _by_file(places: Mapping[str, Place | None]) -> dict[Path, dict[str, Place]]:

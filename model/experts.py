@@ -34,7 +34,8 @@ class SparseMLP(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
-        self.gate = Linear(config.hidden_size, config.num_local_experts)
+        # A rounding here would send tokens to other experts.
+        self.gate = Linear(config.hidden_size, config.num_local_experts, stays_floating=True)
         self.experts = nn.ModuleList(Expert(config) for _ in range(config.num_local_experts))
 
     def forward(self, x_MD: Tensor, dropout_keys: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ from lora.peft_format import find_adapter, load_adapter
 from model.checkpoint import (
     WEIGHT_FILES,
     base_fingerprint,
+    is_stored_int8,
     load_causal_lm,
     load_classifier,
     load_head,
@@ -198,20 +199,32 @@ def resolve(config: RunConfig, device: torch.device) -> RunConfig:
 
 
 def base_dtype(config: RunConfig, device: torch.device) -> BaseDtype:
-    """How the base is held: as asked, else bfloat16 when frozen on a GPU that has it."""
+    """How the base is held: as asked, else as stored if int8, else bfloat16 on a GPU; frozen."""
     if config.base_dtype is not None:
         return config.base_dtype
-    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return "bfloat16" if has_bfloat16 and config.adapter != "full" else "float32"
+    if config.adapter == "full":
+        return "float32"
+    if config.model is not None and is_stored_int8(Path(config.model)):
+        return "int8"
+    return "bfloat16" if _has_bfloat16(device) else "float32"
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def load_base(config: RunConfig, folder: Path, num_labels: int, device: torch.device) -> Model:
     """The base of a run with the head of its stage, every weight frozen."""
-    is_bfloat16 = base_dtype(config, device) == "bfloat16"
+    held = base_dtype(config, device)
+    # Beside int8 weights stand embeddings, norms and the head.
+    is_bfloat16 = held == "bfloat16" or (held == "int8" and _has_bfloat16(device))
     dtype = torch.bfloat16 if is_bfloat16 else torch.float32
+    int8 = config.int8.compute if held == "int8" else None
     model: Model
     if config.stage == "downstream":
-        model = load_classifier(folder, num_labels, dtype=dtype, device=device, seed=config.seed)
+        model = load_classifier(
+            folder, num_labels, dtype=dtype, device=device, seed=config.seed, int8=int8
+        )
     elif config.from_scratch:
         shape = read_decoder_config(folder)
         _check_memory(shape, folder)
@@ -219,7 +232,7 @@ def load_base(config: RunConfig, folder: Path, num_labels: int, device: torch.de
         init_weights(model, shape.initializer_range, config.seed)
         model.to(device=device, dtype=dtype)
     else:
-        model = load_causal_lm(folder, dtype=dtype, device=device)
+        model = load_causal_lm(folder, dtype=dtype, device=device, int8=int8)
     if config.max_length > model.config.max_position_embeddings:
         raise ValueError(
             f"--max-length is {config.max_length}, but the base was made for at most "

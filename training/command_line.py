@@ -451,6 +451,8 @@ def why_unused(flag: str, config: RunConfig) -> str | None:
     reason = None
     if flag.startswith("--lora.") and config.adapter != "lora":
         reason = f"a setting of --adapter lora, but --adapter is {config.adapter}"
+    elif flag.startswith("--int8.") and config.base_dtype != "int8":
+        reason = "a setting of --base-dtype int8"
     elif flag in ("--truncate", "--class-weights") and not is_downstream:
         reason = f"a setting of --stage downstream, but --stage is {config.stage}"
     elif flag == "--label-column" and config.task != "label":

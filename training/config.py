@@ -14,7 +14,7 @@ from typing import Any, Literal
 Stage = Literal["pretrain", "clinical", "downstream"]
 Task = Literal["mor", "label"]
 Adapter = Literal["lora", "none", "full"]
-BaseDtype = Literal["float32", "bfloat16"]
+BaseDtype = Literal["float32", "bfloat16", "int8"]
 Schedule = Literal["constant", "linear", "cosine"]
 AUTO = "auto"  # LoRA's target modules: those that the base's family is adapted at
 
@@ -58,6 +58,14 @@ class LoraSettings:
                 "--lora.target-modules must name each layer once, got "
                 + " ".join(self.target_modules)
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Int8Settings:
+    """Linear layers held as int8 (--base-dtype int8)."""
+
+    compute: Literal["bf16", "int8"] = "bf16"
+    """Dequantise weights where they are used, or quantise activations too and multiply int8."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +114,9 @@ class RunConfig:
     tokenizer_preset: str | None = None
     """Special tokens of a family whose files do not state them: llama or pmc-llama."""
     base_dtype: BaseDtype | None = None
-    """How the base is held. Default: bfloat16 if frozen on a GPU that has it, else float32."""
+    """How the base is held. Default: as stored if int8, else bfloat16 if frozen on a GPU that has
+    it, else float32."""
+    int8: Int8Settings = field(default_factory=Int8Settings)
 
     data: str | None = None
     """Notes: CSV, JSON lines or Parquet table, folder of text files, or MIMIC folder."""
@@ -247,10 +257,10 @@ class RunConfig:
             )
         if self.from_scratch and self.stage != "pretrain":
             raise ValueError(f"--from-scratch belongs to --stage pretrain, not to {self.stage}")
-        if self.adapter == "full" and self.base_dtype == "bfloat16":
+        if self.adapter == "full" and self.base_dtype not in (None, "float32"):
             raise ValueError(
                 "--adapter full needs --base-dtype float32: AdamW's small steps are lost in "
-                "bfloat16 weights"
+                f"{self.base_dtype} weights"
             )
         if self.init_adapter is None and self.freeze_init_adapter:
             raise ValueError("--freeze-init-adapter needs --init-adapter")

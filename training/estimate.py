@@ -132,7 +132,7 @@ def memory(
     peak = max(activations + before + max(passing, at_head), gradients + passing)
     return Memory(
         program=program,
-        weights=sum(p.nbytes for p in model.parameters()),
+        weights=sum(p.nbytes for p in itertools.chain(model.parameters(), model.buffers())),
         optimiser=2 * gradients,
         activations=activations,
         working=peak - activations,

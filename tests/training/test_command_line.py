@@ -41,7 +41,7 @@ REFUSED = {
     "not a number": ([*CLINICAL, "--lr", "fast"], "--lr must be a number, got 'fast'"),
     "unknown stage": (["--stage", "clinicl"], "did you mean clinical?"),
     "unknown choice": ([*CLINICAL, "--optim.schedule", "cos"], "did you mean cosine?"),
-    "unknown dtype": ([*CLINICAL, "--base-dtype", "int8"], "one of float32, bfloat16"),
+    "unknown dtype": ([*CLINICAL, "--base-dtype", "int4"], "one of float32, bfloat16, int8"),
     "rank 0": ([*CLINICAL, "--lora.r", "0"], "--lora.r must be a whole number from 1"),
     "negative rank": ([*CLINICAL, "--lora.r", "-5"], "--lora.r must be a whole number from 1"),
     "dropout 1": ([*CLINICAL, "--lora.dropout", "1"], "--lora.dropout must be from 0 to below 1"),
@@ -79,6 +79,14 @@ REFUSED = {
     "small full weights": (
         [*CLINICAL, *OWN, "--adapter", "full", "--base-dtype", "bfloat16"],
         "--adapter full needs --base-dtype float32",
+    ),
+    "all weights in int8": (
+        [*CLINICAL, *OWN, "--adapter", "full", "--base-dtype", "int8"],
+        "lost in int8 weights",
+    ),
+    "int8 setting of a float base": (
+        [*CLINICAL, "--int8.compute", "int8"],
+        "--int8.compute would have no effect: it is a setting of --base-dtype int8",
     ),
     "nothing trains": ([*CLINICAL, "--adapter", "none"], "--adapter none trains nothing"),
     "nothing to freeze": ([*LABEL, "--freeze-init-adapter"], "needs --init-adapter"),

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import model.quantise
 import train
 import training.loop
 import training.run
@@ -24,10 +25,11 @@ from evaluation.metrics import headline_metrics
 from model.checkpoint import load_causal_lm
 from model.ending import RunFailed
 from model.files import read_json, read_sealed_json, write_sealed_json
+from model.linear import Linear
 from tests.training.conftest import CANARY_PATIENT, CANARY_TEXT
 from training.assemble import restore
 from training.checkpoint import load_checkpoint, saved_steps
-from training.config import LoraSettings, RunConfig, to_dict
+from training.config import Int8Settings, LoraSettings, RunConfig, to_dict
 from training.loop import is_better
 from training.objective import compute_dtype
 from training.run import run
@@ -35,6 +37,10 @@ from training.run_folder import locked
 
 MakeConfig = Callable[..., RunConfig]
 WALL_CLOCK = ("tokens_per_second",)  # what differs between two runs of the same steps
+
+
+def losses_of(out: Path) -> list[float]:
+    return [line["loss"] for line in metrics_of(out) if "loss" in line]
 
 
 def metrics_of(out: Path) -> list[dict[str, float]]:
@@ -494,3 +500,44 @@ def test_a_base_in_bfloat16_is_computed_in_float32_on_a_cpu(make_config: MakeCon
     restored = restore(out, torch.device("cpu"))
     assert restored.model.model.embed_tokens.weight.dtype == torch.bfloat16
     assert compute_dtype(restored.model, torch.device("cpu")) == torch.float32
+
+
+@pytest.mark.parametrize("compute", ["bf16", "int8"])
+@pytest.mark.parametrize("stage", ["clinical", "downstream"])
+def test_a_base_in_int8_trains_resumes_and_is_restored(
+    stage: str,
+    compute: str,
+    make_config: MakeConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its losses are nearly those of the float base, and its weights are int8 all the way."""
+    floating = run(make_config(stage, steps=4, out=str(tmp_path / "floating")))
+    int8 = Int8Settings(compute=compute)  # type: ignore[arg-type]
+    config = make_config(stage, steps=4, base_dtype="int8", int8=int8)
+    whole = run(replace(config, out=str(tmp_path / "whole")))
+    broken = replace(config, out=str(tmp_path / "broken"))
+    with monkeypatch.context() as patch, pytest.raises(Dies):
+        die_at(3, patch)
+        run(broken)
+    out = run(broken, resume=True)
+    assert weights_and_states(out) == weights_and_states(whole)
+    losses, expected = losses_of(out), losses_of(floating)
+    assert losses == pytest.approx(expected, rel=0.02) and losses != expected
+    restored = restore(out, torch.device("cpu")).model
+    layers = [m for m in restored.modules() if isinstance(m, Linear)]
+    assert all(m.weight.dtype == torch.int8 for m in layers)
+    assert {m.is_int8_math for m in layers} == {compute == "int8"}
+
+
+def test_a_base_that_is_stored_as_int8_is_held_so(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config("clinical", steps=2)
+    assert config.model is not None
+    quantised = tmp_path / "quantised"
+    command = ["--model", config.model, "--out", str(quantised)]
+    assert model.quantise.main(command) == 0
+    assert model.quantise.main(command) == 2  # the folder is there
+    out = run(replace(config, model=str(quantised)))
+    assert read_json(out / "run.json")["config"]["base_dtype"] == "int8"
+    same = run(replace(config, base_dtype="int8", out=f"{out}-same"))
+    assert losses_of(out) == losses_of(same)
