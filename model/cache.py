@@ -50,6 +50,10 @@ class KVCache:
         self._slots = self._is_visible = torch.empty(0)
 
     @property
+    def nbytes(self) -> int:
+        return sum(stored.nbytes for stored in (*self._keys, *self._values))
+
+    @property
     def is_empty(self) -> bool:
         return not any(self.lengths)
 

@@ -14,10 +14,17 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from model.cache import KVCache
 from model.checkpoint import load_causal_lm
 from model.generation import GenerationConfig, _adjusted, _choose, generate
 from model.heads import CausalLM
-from tests.model.oracle import CONFIGS, hugging_face_twin, make_causal_lm, make_config
+from tests.model.oracle import (
+    CONFIGS,
+    float64_twin,
+    hugging_face_twin,
+    make_causal_lm,
+    make_config,
+)
 
 PROMPTS = [[1, 5, 9], [1], [1, 80, 3, 44, 12, 7, 7, 31], [1, 5, 9]]
 SAMPLED = GenerationConfig(
@@ -45,7 +52,60 @@ def test_greedy_stories_are_those_of_transformers(real_data: Path) -> None:
     assert cached == recomputed == story[0, 1:].tolist()
 
 
-@pytest.mark.parametrize("name", ["multi-head", "grouped-query", "tied", "llama3-rope"])
+LONG_PROMPT = [1, *range(3, 90, 2)]
+# Of 44 tokens, so a window of 9 has passed over most of the prompt before the first new token, and
+# one of 16 twice more before the last; a prompt of one token grows beyond its window.
+WINDOWS = ["mistral-window", "mistral-window-of-two", "mixtral-window"]
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_generation_beyond_the_window_is_that_of_transformers(name: str, use_cache: bool) -> None:
+    ours = make_causal_lm(CONFIGS[name])
+    twin = float64_twin(ours)
+    prompts = [LONG_PROMPT, [1], [1, 80, 3, 44, 12, 7, 7, 31], LONG_PROMPT[:10]]
+    config = GenerationConfig(max_new_tokens=40)
+    found = generate(ours, prompts, config, use_cache=use_cache)
+    for prompt, tokens in zip(prompts, found, strict=True):
+        expected = twin.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=40,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert tokens == expected[0, len(prompt) :].tolist()
+    without = make_causal_lm(dataclasses.replace(ours.config, sliding_window=None))
+    assert generate(without, prompts, config) != found
+
+
+@pytest.mark.parametrize("config", [GenerationConfig(max_new_tokens=30), SAMPLED])
+@pytest.mark.parametrize("name", [*WINDOWS, "mixtral"])
+def test_a_batch_beyond_the_window_equals_its_prompts_one_by_one(
+    name: str, config: GenerationConfig
+) -> None:
+    model = make_causal_lm(CONFIGS[name])
+    config = dataclasses.replace(config, stop_ids=tuple(range(0, 97, 24)))
+    prompts = [*PROMPTS, LONG_PROMPT]
+    together = generate(model, prompts, config, seed=4)
+    for use_cache in (True, False):
+        assert together == [
+            generate(model, [prompt], config, seed=4 + i, use_cache=use_cache)[0]
+            for i, prompt in enumerate(prompts)
+        ]
+
+
+def test_a_rolling_cache_holds_a_window_and_no_more() -> None:
+    config = CONFIGS["mistral-window"]
+    room = {"dtype": torch.float32, "device": "cpu"}
+    rolling, whole = KVCache(config, 3, 4000, **room), KVCache(make_config(), 3, 4000, **room)
+    assert rolling.nbytes == 2 * 2 * 3 * config.sliding_window * 2 * 8 * 4  # k and v, two layers
+    assert whole.nbytes == rolling.nbytes // config.sliding_window * 4000
+    assert KVCache(config, 3, 5, **room).nbytes == rolling.nbytes // config.sliding_window * 5
+
+
+@pytest.mark.parametrize("name", ["multi-head", "grouped-query", "tied", "llama3-rope", "mixtral"])
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_greedy_tokens_are_those_of_transformers(name: str, use_cache: bool) -> None:
     ours = make_causal_lm(CONFIGS[name])
