@@ -6,7 +6,7 @@ its place on a GPU where a recorded benchmark shows that it is faster (`RECORDED
 invariant: the choice depends on device, dtype and shape alone, never on values.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -22,7 +22,6 @@ from kernels.reference import (
     dispatch,
     grouped_lora_linear,
     keep_mask,
-    lora_linear,
     route,
     row_keys,
 )
@@ -140,3 +139,18 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
         return head_loss.linear_cross_entropy(x, weight, targets)
     return reference.linear_cross_entropy(x, weight, targets)
+
+
+def lora_linear(
+    x: Tensor, layers: Sequence[LinearOperands], dropout_keys: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """x W^T + bias + sum of scaling * dropout(x) A^T B^T, for the layers that read x [M, K].
+
+    With their adapters (arXiv 2106.09685): one [M, N] tensor a layer.
+    """
+    is_int8 = any(layer.scale is not None for layer in layers)
+    if _is_fused("lora_linear_int8" if is_int8 else "lora_linear", x):
+        from kernels import low_rank
+
+        return low_rank.lora_linear(x, layers, dropout_keys)
+    return reference.lora_linear(x, layers, dropout_keys)

@@ -78,7 +78,8 @@ def passes(case: Case, operation: Operation, arguments: Sequence[object]) -> Cal
             return
         if not douts:
             douts.extend(torch.randn_like(output) for output in outputs)
-        torch.autograd.grad(outputs, inputs, douts)
+        # `check` has seen all gradients of the kernel; a bare operation leaves some inputs out.
+        torch.autograd.grad(outputs, inputs, douts, allow_unused=True)
 
     return step
 
@@ -178,6 +179,8 @@ def measure(case: Case, device: torch.device, ceilings: Ceilings, flags: Any) ->
     sides = {"kernel": case.kernel, "eager": case.reference}
     if device.type == "cuda":  # compiling for a CPU says nothing about one
         sides["compiled"] = torch.compile(case.plain or case.reference, dynamic=False)
+    if case.bare is not None:
+        sides["bare"] = case.bare
     steps = {name: passes(case, operation, arguments) for name, operation in sides.items()}
     timed = time_in_turn(steps, device, flags.rounds)
     kernel = timed["kernel"]
@@ -187,7 +190,7 @@ def measure(case: Case, device: torch.device, ceilings: Ceilings, flags: Any) ->
         "dtype": str(case.dtype).removeprefix("torch."),
         "passes": "forward + backward" if case.backward else "forward",
     }
-    for name in ("kernel", "eager", "compiled"):
+    for name in ("kernel", "eager", "compiled", "bare"):
         side = timed.get(name)
         row[f"{name}_ms"] = side and round(side.median_ms, 4)
         row[f"{name}_ms_lowest"] = side and round(side.lowest_ms, 4)
@@ -196,6 +199,8 @@ def measure(case: Case, device: torch.device, ceilings: Ceilings, flags: Any) ->
     for name in ("eager", "compiled"):
         side = timed.get(name)
         row[f"faster_than_{name}"] = side and round(side.median_ms / kernel.median_ms, 3)
+    bare = timed.get("bare")
+    row["times_bare"] = bare and round(kernel.median_ms / bare.median_ms, 3)
     of_copy = case.bytes / kernel.median_ms / 1e6 / ceilings.copy_gb_s
     of_bf16 = case.flops / kernel.median_ms / 1e9 / ceilings.bf16_tflops
     row["share_of_copy"] = round(of_copy, 3) if case.bytes else None
@@ -220,7 +225,7 @@ def write_table() -> None:
         newest = {(r["operation"], r["shape"], r["device"]): r for r in csv.DictReader(file)}
     head = [
         "operation", "shape", "passes", "kernel_ms", "faster_than_eager", "faster_than_compiled",
-        "share_of_copy", "share_of_bf16_rate", "device", "commit",
+        "times_bare", "share_of_copy", "share_of_bf16_rate", "device", "commit",
     ]  # fmt: skip
     lines = [
         "# Kernels beside torch",
@@ -278,6 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for case in cases:
         if flags.smoke:
             changes = {"kernel": case.reference, "dtype": torch.float32}
+            changes |= {"bare": case.bare and case.reference}
             case = Case(**{**case.__dict__, **changes})
         try:
             check(case, device, max(flags.shrink, 16))

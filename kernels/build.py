@@ -29,11 +29,15 @@ from triton.compiler import ASTSource
 CAPABILITIES = (80, 90, 100)
 # Files with kernels; each has a function `builds`.
 OPERATIONS = (
+    "dequantised",
+    "down_projection",
     "gated",
     "hashing",
     "head_loss",
+    "low_rank",
     "norm",
     "rotary",
+    "up_projection",
 )  # fmt: skip
 # Bytes of shared memory that one block may have (CUDA programming guide, table of capabilities).
 SHARED_LIMIT: Mapping[int, int] = {80: 166_912, 90: 232_448, 100: 232_448}

@@ -27,6 +27,8 @@ class Case:
     reference: Operation
     # How one would write it in torch, for torch.compile; None where that is the reference.
     plain: Operation | None = None
+    # What remains where the operation adds something, such as the product under an adapter.
+    bare: Operation | None = None
     flops: float = 0.0  # forward and backward together; 0 where memory is the limit
     bytes: float = 0.0  # read and written at least once, forward and backward together
     dtype: torch.dtype = torch.bfloat16
