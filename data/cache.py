@@ -132,7 +132,7 @@ def tokenise(
     source, RuntimeError when a process dies; neither leaves a cache behind.
     """
     cache_folder = Path(cache_folder)
-    name = cache_key(source, tokenizer)
+    name = cache_key(source.fingerprint(), tokenizer)
     folder = cache_folder / name
     if not folder.is_dir():
         cache_folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -140,9 +140,17 @@ def tokenise(
     return TokenCache(folder)
 
 
-def cache_key(source: NoteSource, tokenizer: Tokenizer) -> str:
+def find_cache(
+    source_fingerprint: str, tokenizer: Tokenizer, *, cache_folder: str | Path
+) -> TokenCache | None:
+    """The cache of a source that need not be there any more; None where it was never made."""
+    folder = Path(cache_folder) / cache_key(source_fingerprint, tokenizer)
+    return TokenCache(folder) if folder.is_dir() else None
+
+
+def cache_key(source_fingerprint: str, tokenizer: Tokenizer) -> str:
     """The name of the cache: SHA-256 of the source's content, the tokenizer and the format."""
-    parts = [FORMAT, source.fingerprint(), tokenizer.fingerprint()]
+    parts = [FORMAT, source_fingerprint, tokenizer.fingerprint()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

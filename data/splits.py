@@ -108,6 +108,25 @@ def patient_groups(cache: TokenCache, notes: np.ndarray) -> np.ndarray:
     return np.unique(_unit_digests(cache)[notes], return_inverse=True)[1].astype(np.int64)
 
 
+def shared_notes(
+    cache: TokenCache, notes: np.ndarray, other: TokenCache, other_notes: np.ndarray
+) -> dict[str, int | None]:
+    """How many of the notes the other notes tell about: by `text`, the same; by `patient`, theirs.
+
+    `patient` is None where either has no patients.
+    """
+    shared: dict[str, int | None] = {"text": None, "patient": None}
+    pairs = {
+        "text": (cache.text_digests, other.text_digests),
+        "patient": (cache.patient_digests, other.patient_digests),
+    }
+    for name, (digests, other_digests) in pairs.items():
+        if digests is not None and other_digests is not None:
+            known = np.sort(np.asarray(other_digests[other_notes]))
+            shared[name] = int(_contained(np.asarray(digests[notes]), known).sum())
+    return shared
+
+
 def _unit_digests(cache: TokenCache) -> np.ndarray:
     """Digests of what is split: patients, or texts where the source has no patients."""
     return cache.text_digests if cache.patient_digests is None else cache.patient_digests

@@ -16,10 +16,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.special import logit
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from evaluation.bootstrap import (
+    SURE,
     Floats,
     count_dtype,
     defined,
@@ -155,8 +157,33 @@ class Measures(NamedTuple):
         label_scores: LabelScores = "sigmoid",
     ) -> "Measures":
         """Prepare labels [n] or [n, C] and logits [n, C]; see `classification_metrics`."""
-        kind = kind_of(labels, logits)
         scores = ranking_scores(labels, logits, label_scores)
+        return cls._of(labels, scores, ranking_scores(labels, logits), cluster_of_row)
+
+    @classmethod
+    def of_chances(
+        cls,
+        labels: NDArray[Any],
+        chances: Floats,
+        cluster_of_row: NDArray[np.int64],
+        label_scores: LabelScores = "sigmoid",
+    ) -> "Measures":
+        """Prepare from probabilities [n, C] instead of logits."""
+        scores = chances
+        if labels.ndim == 2 and label_scores == "softmax":
+            odds = logit(chances.clip(SURE, 1 - SURE))
+            scores = probabilities(odds, multilabel=False)
+        return cls._of(labels, scores, chances, cluster_of_row)
+
+    @classmethod
+    def _of(
+        cls,
+        labels: NDArray[Any],
+        scores: Floats,
+        chances: Floats,
+        cluster_of_row: NDArray[np.int64],
+    ) -> "Measures":
+        kind = kind_of(labels, scores)
         rows = np.arange(len(labels))
         if kind == "multilabel":
             positive = labels > 0
@@ -165,7 +192,6 @@ class Measures(NamedTuple):
         classes = [1] if kind == "binary" else range(scores.shape[1])
         by_label = [Comparison(rows, positive[:, c], scores[:, c]) for c in classes]
         averaged = list(_one_against_one(labels, scores)) if kind == "multiclass" else by_label
-        chances = ranking_scores(labels, logits)
         agreement = _Agreement.of(labels, chances, cluster_of_row)
         return cls(kind, cluster_of_row, averaged, by_label, agreement)
 

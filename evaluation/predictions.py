@@ -58,6 +58,33 @@ def write_predictions(
     write_whole(path, write)
 
 
+def read_predictions(
+    path: Path, label_names: Sequence[str], *, multilabel: bool = False
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Read what `write_predictions` wrote with labels: rows [n], labels [n] or [n, C], [n, C].
+
+    Raises ValueError for a file that is not there or not of these labels.
+    """
+    names = [_cell(name) for name in label_names]
+    code = {name: c for c, name in enumerate(names)}
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            lines = list(csv.DictReader(file, strict=True))
+        rows = np.array([int(line["row"]) for line in lines], np.int64)
+        chances = np.array([[float(line[f"p_{name}"]) for name in names] for line in lines])
+        if multilabel:
+            labels = np.array([[int(line[f"label_{name}"]) for name in names] for line in lines])
+        else:
+            labels = np.array([code[line["label"]] for line in lines], np.int64)
+    except (OSError, KeyError, ValueError, TypeError, csv.Error):
+        raise ValueError(
+            f"{path}: missing, damaged, or predictions of other labels; score that run again"
+        ) from None
+    if not len(rows) or not ((chances >= 0) & (chances <= 1)).all():
+        raise ValueError(f"{path}: not probabilities of notes; score that run again")
+    return rows, labels, chances
+
+
 def _cell(name: str) -> str:
     return f"'{name}" if name.startswith(_FORMULA_STARTS) else name
 

@@ -1,41 +1,62 @@
 """A finished run, scored on notes: what eval.py does, top to bottom.
 
-    run folder -> model and notes -> losses or logits -> metrics -> eval/results.json
+    run folder -> model and notes -> losses or logits -> metrics -> results.json, report.html
 
-Notes are the run's own held-out ones, or another source's. Invariant: the run's own notes are
-scored under the split that the run was trained with, which the fingerprint of the data vouches for.
+Notes are the run's own held-out ones, or another source's. The test split of the run's own notes is
+scored into `eval/`, everything else into a folder of its own in there, named by what was scored, so
+no results take the place of others'.
+
+Invariants: the run's own notes are scored under the split that the run was trained with, which the
+fingerprint of the data vouches for; temperature and chosen thresholds come from its validation
+notes, whatever is scored.
 """
 
 import dataclasses
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.cache import tokenise
+from data.cache import find_cache, tokenise
+from data.groups import read_groups
 from data.mimic import AdmissionNotes, open_mimic3
 from data.notes import NoteSource, open_notes
 from data.packing import ClassificationNotes, LanguagePieces
-from data.splits import patient_groups, split_notes
-from evaluation.metrics import auroc, classification_metrics, probabilities
+from data.splits import patient_groups, shared_notes, split_notes
+from evaluation.calibration import calibration, fit_temperature
+from evaluation.metrics import (
+    HEADLINES,
+    LabelScores,
+    auroc,
+    classification_metrics,
+    kind_of,
+    probabilities,
+)
+from evaluation.paired import paired_metrics
 from evaluation.perplexity import language_metrics
-from evaluation.predictions import write_predictions
-from model.files import write_json
+from evaluation.predictions import read_predictions, write_predictions
+from evaluation.report import Curves, read_history, seen_warning, write_report
+from evaluation.subgroups import subgroup_rows
+from evaluation.thresholds import chosen_thresholds, threshold_table
+from model.files import read_json, write_json
 from model.heads import CausalLM, Classifier
 from training.assemble import (
     FinishedRun,
     Notes,
     cache_folder,
+    has_same_lists,
     load_notes,
     make_dataset,
     open_source,
     restore,
 )
+from training.config import RunConfig
 from training.objective import Classification, LanguageModelling
 from training.parallel import Ranks, choose_device, flush_denormals
 from training.run_folder import locked, private_files
@@ -62,6 +83,15 @@ class ScoreConfig:
     """Column of the patients' ids in --data. Default: as in the run."""
     predict: str | None = None
     """Write predictions to this CSV file and nothing else; the notes need no labels."""
+    compare: str | None = None
+    """Folder of another run, already scored on the same notes: is the difference chance?"""
+    subgroup_columns: tuple[str, ...] = ()
+    """A table's columns of a few categories (sex, age, insurance), scored one by one."""
+    label_scores: LabelScores = "sigmoid"
+    """Several labels a note: rank each label by its own sigmoid, or, as the paper does, by the
+    softmax over all labels."""
+    calibrate: bool = True
+    """Fit a temperature and thresholds on the run's validation notes, which are scored for it."""
     bootstrap: int = 1000
     """Resamples of patients behind each interval; 0 for no intervals."""
     seed: int = 0
@@ -86,6 +116,14 @@ class ScoreConfig:
         ):
             if column is not None and self.data is None:
                 raise ValueError(f"{flag} names a column of --data, which is not given")
+        if self.predict is not None:
+            for flag, value in (
+                ("--label-column", self.label_column),
+                ("--subgroup-columns", self.subgroup_columns),
+                ("--compare", self.compare),
+            ):
+                if value:
+                    raise ValueError(f"{flag} is not used with --predict, which scores nothing")
         if self.bootstrap > 1_000_000:
             raise ValueError(f"--bootstrap must be at most 1,000,000, got {self.bootstrap}")
         if self.predict is not None:
@@ -96,8 +134,20 @@ class ScoreConfig:
                 raise ValueError(f"--predict: there is no folder {predict.parent}; make it first")
 
 
+@dataclass(frozen=True)
+class Opened:
+    """The notes that are scored, and the run's own, from whose validation part thresholds come."""
+
+    source: NoteSource
+    notes: Notes
+    split: str  # train, validation, test, or all
+    rows: NDArray[np.uint32]  # [n], of the scored notes in the source
+    own: Notes | None  # None where the run's own notes are gone
+    place: str  # of the results in the run's folder
+
+
 def score_run(config: ScoreConfig) -> dict[str, Any]:
-    """Score the run, write eval/results.json and eval/predictions.csv, and return the results.
+    """Score the run, write results and report into its folder, and return the results.
 
     With `predict` only that file is written, and the results say on how many notes.
     Raises ValueError for the user's mistakes, RunFailed for losses that are not finite.
@@ -123,15 +173,26 @@ def summary(results: dict[str, Any]) -> Iterator[str]:
     yield f"{results['data']}: {results['n']:,} {of}"
     if "predictions" in results:
         yield f"predictions are in {results['predictions']}"
+    if (warning := seen_warning(results)) is not None:
+        yield f"warning: {warning}"
     if "tokens" in results:
         base = results["perplexity_base"]
         without = "" if base is None else f"; without the adapters {base:.4f}"
         yield f"perplexity {results['perplexity']:.4f} over {results['tokens']:,} tokens{without}"
-    for name in ("accuracy", "f1", "auroc"):
+    for name in HEADLINES:
         if name in results:
             ceiling = results.get("auroc_ceiling") if name == "auroc" else None
             best = "" if ceiling is None else f"; best reachable {ceiling:.3f}"
             yield f"{name} {_with_interval(results[name], results[name + '_ci'])}{best}"
+    if results.get("calibration") is not None:
+        before, after = results["calibration"]["before"], results["calibration"]["after"]
+        scaled = "" if after is None else f"; {after['ece']:.3f} after temperature scaling"
+        yield f"calibration error {before['ece']:.3f}{scaled}"
+    if results.get("comparison") is not None:
+        found = results["comparison"]["auroc"]
+        chance = "" if found["p"] is None else f", p {found['p']:.3g}"
+        difference = _with_interval(found["difference"], found["ci"])
+        yield f"auroc above {results['comparison']['run']} by {difference}{chance}"
     for name, label in results.get("per_label", {}).items():
         auroc_of_label = _with_interval(label["auroc"], label["auroc_ci"])
         yield f"  auroc of {name} ({label['positives']:,}) {auroc_of_label}"
@@ -147,17 +208,25 @@ def _score_language(
     config: ScoreConfig, finished: FinishedRun, device: torch.device, micro_tokens: int
 ) -> dict[str, Any]:
     assert isinstance(finished.model, CausalLM)
-    if config.predict is not None:
-        raise ValueError(f"--predict needs a classifier, but {config.run} is a language model")
-    _, notes = _open(config, finished)
-    split, rows = _rows(config, notes)
-    pieces = make_dataset(finished.config, notes, rows)
+    for flag, value, word in (
+        ("--predict", config.predict, "needs"),
+        ("--compare", config.compare, "needs"),
+        ("--subgroup-columns", config.subgroup_columns, "need"),
+        ("--label-column", config.label_column, "needs"),
+    ):
+        if value:
+            raise ValueError(f"{flag} {word} a classifier, but {config.run} is a language model")
+    opened = _open(config, finished)
+    pieces = make_dataset(finished.config, opened.notes, opened.rows)
     assert isinstance(pieces, LanguagePieces)
     objective = LanguageModelling(finished.model, device)
     metrics = language_metrics(objective, pieces, Ranks(0, 1, device), micro_tokens=micro_tokens)
-    results = {**_what_was_scored(finished, notes, split), "n": len(rows), **metrics}
-    with _eval_folder(config) as folder:
+    results = {**_what_was_scored(finished, opened), "n": len(opened.rows), **metrics}
+    with _eval_folder(config, opened) as folder:
         write_json(folder / "results.json", results)
+        write_report(
+            folder / "report.html", results, finished.record, read_history(Path(config.run))
+        )
     return results
 
 
@@ -165,79 +234,197 @@ def _score_classifier(
     config: ScoreConfig, finished: FinishedRun, device: torch.device, micro_tokens: int
 ) -> dict[str, Any]:
     assert isinstance(finished.model, Classifier)
-    source, notes = _open(config, finished)
-    split, rows = _rows(config, notes)
+    opened = _open(config, finished)
+    notes, rows = opened.notes, opened.rows
     if len(rows) == 0:
         raise ValueError("there is no note to score: name other data or another split")
-    dataset = make_dataset(
-        finished.config,
-        notes,
-        rows[np.argsort(notes.cache.lengths(rows), kind="stable")],  # like lengths pass faster
-        label_names=finished.label_names,
-        is_labelled=config.predict is None,
-    )
-    assert isinstance(dataset, ClassificationNotes)
-    labels, logits = classifier_logits(
-        Classification(finished.model, device),
-        dataset,
-        rows,
-        Ranks(0, 1, device),
-        micro_tokens=micro_tokens,
-        n_classes=len(finished.label_names),
-    )
-    scores = probabilities(logits, multilabel=False)
-    results = _what_was_scored(finished, notes, split) | {"truncated": dataset.truncated}
+    objective = Classification(finished.model, device)
+
+    def scored(notes: Notes, rows: NDArray[np.uint32], is_labelled: bool) -> _Scored:
+        dataset = make_dataset(
+            finished.config,
+            notes,
+            rows[np.argsort(notes.cache.lengths(rows), kind="stable")],  # like lengths pass faster
+            label_names=finished.label_names,
+            is_labelled=is_labelled,
+        )
+        assert isinstance(dataset, ClassificationNotes)
+        labels, logits = classifier_logits(
+            objective,
+            dataset,
+            rows,
+            Ranks(0, 1, device),
+            micro_tokens=micro_tokens,
+            n_classes=len(finished.label_names),
+        )
+        return _Scored(labels, logits, dataset.truncated)
+
+    test = scored(notes, rows, config.predict is None)
+    chances = probabilities(test.logits, multilabel=test.labels.ndim == 2)
+    results = _what_was_scored(finished, opened) | {"truncated": test.truncated}
     if config.predict is not None:
-        write_predictions(Path(config.predict), rows, scores, finished.label_names)
+        write_predictions(Path(config.predict), rows, chances, finished.label_names)
         return results | {"n": len(rows), "predictions": config.predict}
 
     has_patients = notes.cache.patient_digests is not None
     clusters = patient_groups(notes.cache, rows)
+    how: dict[str, Any] = {"resamples": config.bootstrap, "seed": config.seed}
     results |= {
         "bootstrap": config.bootstrap,
         "seed": config.seed,
         "clusters_are": "patients" if has_patients else "texts",
+        "label_scores": config.label_scores,
     }
     results |= classification_metrics(
-        labels,
-        logits,
+        test.labels,
+        test.logits,
         finished.label_names,
         clusters=clusters,
-        resamples=config.bootstrap,
-        seed=config.seed,
+        label_scores=config.label_scores,
+        **how,
     )
-    if isinstance(source, AdmissionNotes) and (risk := source.known_risk()) is not None:
+    risk = opened.source.known_risk() if isinstance(opened.source, AdmissionNotes) else None
+    if risk is not None:
         # Of the generator's true probabilities on these very notes: chance favours both alike.
-        results["auroc_ceiling"] = auroc(labels, risk[rows])
-    with _eval_folder(config) as folder:
+        results["auroc_ceiling"] = auroc(test.labels, risk[rows])
+    is_binary = kind_of(test.labels, test.logits) == "binary"
+    validation = None
+    if config.calibrate and opened.own is not None and len(opened.own.splits.validation):
+        validation = scored(opened.own, opened.own.splits.validation, True)
+    results["calibration"] = _calibration(test, validation)
+    results["thresholds"] = None
+    if is_binary:
+        chosen = {}
+        if validation is not None:
+            of_validation = probabilities(validation.logits, multilabel=False)[:, 1]
+            chosen = chosen_thresholds(validation.labels, of_validation)
+        results["thresholds"] = threshold_table(
+            test.labels, chances[:, 1], chosen, clusters=clusters, **how
+        )
+    results["subgroups"] = subgroup_rows(
+        read_groups(opened.source),
+        rows,
+        test.labels,
+        test.logits,
+        finished.label_names,
+        clusters=clusters,
+        label_scores=config.label_scores,
+        **how,
+    )
+    results["exclusions"] = getattr(opened.source, "counts", None)
+    results["comparison"] = None
+    if config.compare is not None:
+        others = _other_chances(config.compare, opened, test.labels, finished.label_names)
+        results["comparison"] = {"run": config.compare} | paired_metrics(
+            test.labels,
+            chances,
+            others,
+            clusters=clusters,
+            label_scores=config.label_scores,
+            **how,
+        )
+    curves = Curves.of(test.labels, chances, finished.label_names)
+    with _eval_folder(config, opened) as folder:
         write_json(folder / "results.json", results)
         write_predictions(
             folder / "predictions.csv",
             rows,
-            scores,
+            chances,
             finished.label_names,
-            labels=labels,
+            multilabel=test.labels.ndim == 2,
+            labels=test.labels,
             patients=clusters if has_patients else None,
+        )
+        write_report(
+            folder / "report.html",
+            results,
+            finished.record,
+            read_history(Path(config.run)),
+            curves,
         )
     return results
 
 
-def _open(config: ScoreConfig, finished: FinishedRun) -> tuple[NoteSource, Notes]:
+class _Scored(NamedTuple):
+    labels: NDArray[np.int64]  # [n]
+    logits: NDArray[np.float64]  # [n, C]
+    truncated: int
+
+
+def _calibration(test: _Scored, validation: _Scored | None) -> dict[str, Any]:
+    """The scored notes' calibration as it is, and with the temperature of the validation notes."""
+    temperature = None
+    if validation is not None:
+        temperature = fit_temperature(validation.labels, validation.logits)
+    after = None if temperature is None else calibration(test.labels, test.logits / temperature)
+    return {
+        "validation_notes": None if validation is None else len(validation.labels),
+        "temperature": temperature,
+        "before": calibration(test.labels, test.logits),
+        "after": after,
+    }
+
+
+def _other_chances(
+    run: str, opened: Opened, labels: NDArray[Any], label_names: Sequence[str]
+) -> NDArray[np.float64]:
+    """Another run's probabilities for the scored notes: [n, C]; ValueError where they differ."""
+    folder = Path(run) / opened.place
+    if not (folder / "results.json").is_file():
+        raise ValueError(
+            f"--compare {run}: it has not been scored on these notes; run eval.py with --run {run} "
+            "and the same --data and --split first"
+        )
+    others = read_json(folder / "results.json")
+    wanted = (opened.notes.fingerprint, opened.split)
+    if (others.get("data_fingerprint"), others.get("split")) != wanted:
+        raise ValueError(f"--compare {run}: {folder} holds results of other notes; score it again")
+    rows, their_labels, chances = read_predictions(
+        folder / "predictions.csv", label_names, multilabel=labels.ndim == 2
+    )
+    if not np.array_equal(rows, opened.rows) or not np.array_equal(their_labels, labels):
+        raise ValueError(
+            f"--compare {run}: it was scored on other notes or labels (its split or its classes "
+            "are not the same); the two cannot be paired"
+        )
+    return chances
+
+
+def _open(config: ScoreConfig, finished: FinishedRun) -> Opened:
     """The run's own notes, or those of --data, tokenised as the run did."""
     # The run may have been moved since; its caches are made beside it.
     run = dataclasses.replace(finished.config, out=config.run)
+    recorded = finished.record["fingerprints"]
     if config.data is None:
         _check_not_the_notes(config.predict, Path(run.data or "."))
-        source, notes = open_source(run), load_notes(run, finished.tokenizer)
-        if notes.fingerprint != finished.record["fingerprints"]["data"]:
+        if not has_same_lists(run, recorded):
+            raise ValueError(
+                f"the patient lists in {run.splits} are missing or have changed since the run was "
+                "trained, so its split no longer holds"
+            )
+        if config.subgroup_columns and run.task not in (None, "label"):
+            raise ValueError("--subgroup-columns names columns of a table; MIMIC has its own")
+        source = open_source(run, config.subgroup_columns)
+        notes = load_notes(run, finished.tokenizer)
+        if notes.fingerprint != recorded["data"]:
             raise ValueError(
                 f"the notes in {run.data} have changed since the run was trained, so its split no "
                 "longer holds; to score them as other notes, name them with --data"
             )
-        return source, notes
+        split = config.split or "test"
+        place = "eval" if split == "test" else f"eval/{split}"
+        return Opened(source, notes, split, getattr(notes.splits, split), notes, place)
     data = Path(config.data)
     _check_not_the_notes(config.predict, data)
     if run.task == "mor" and data.is_dir():
+        for flag, named in (
+            ("--text-column", config.text_column),
+            ("--label-column", config.label_column),
+            ("--patient-column", config.patient_column),
+            ("--subgroup-columns", config.subgroup_columns),
+        ):
+            if named:
+                raise ValueError(f"{flag} names a column of a table, but {data} is a MIMIC folder")
         source = open_mimic3(data, "mor", spill_folder=cache_folder(run))
     else:
         labelled = config.predict is None
@@ -245,15 +432,31 @@ def _open(config: ScoreConfig, finished: FinishedRun) -> tuple[NoteSource, Notes
             data,
             text_column=config.text_column or run.text_column,
             label_column=(config.label_column or run.label_column) if labelled else None,
-            patient_column=(config.patient_column or run.patient_column) if labelled else None,
+            # What is typed must be there; the run's own column may be missing from new notes.
+            patient_column=config.patient_column or (run.patient_column if labelled else None),
+            group_columns=config.subgroup_columns,
         )
     cache = tokenise(
         source, finished.tokenizer, cache_folder=cache_folder(run), workers=run.workers
     )
     splits = split_notes(cache, test_share=run.test_share)
-    return source, Notes(
-        finished.tokenizer, cache, splits, finished.label_names, source.fingerprint()
-    )
+    notes = Notes(finished.tokenizer, cache, splits, finished.label_names, source.fingerprint())
+    everything = np.arange(len(cache), dtype=np.uint32)
+    rows = everything if config.split is None else getattr(splits, config.split)
+    part: str = config.split or "all"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", data.name.split(".")[0]).strip("-.")[:40] or "data"
+    place = f"eval/{name}-{notes.fingerprint[:8]}" + ("" if part == "all" else f"-{part}")
+    return Opened(source, notes, part, rows, _own_notes(run, finished), place)
+
+
+def _own_notes(run: RunConfig, finished: FinishedRun) -> Notes | None:
+    """The notes that the run was trained on, where their cache and its lists are still there."""
+    fingerprint = finished.record["fingerprints"]["data"]
+    cache = find_cache(fingerprint, finished.tokenizer, cache_folder=cache_folder(run))
+    if cache is None or not has_same_lists(run, finished.record["fingerprints"]):
+        return None
+    splits = split_notes(cache, lists=run.splits, test_share=run.test_share)
+    return Notes(finished.tokenizer, cache, splits, finished.label_names, fingerprint)
 
 
 def _check_not_the_notes(predict: str | None, data: Path) -> None:
@@ -264,31 +467,28 @@ def _check_not_the_notes(predict: str | None, data: Path) -> None:
             raise ValueError(f"--predict {predict} is, or lies in, the data; name another file")
 
 
-def _rows(config: ScoreConfig, notes: Notes) -> tuple[str, NDArray[np.uint32]]:
-    """The split that is scored, by name, and its notes."""
-    if config.data is not None and config.split is None:
-        return "all", np.arange(len(notes.cache), dtype=np.uint32)
-    split = config.split or "test"
-    return split, getattr(notes.splits, split)
-
-
-def _what_was_scored(finished: FinishedRun, notes: Notes, split: str) -> dict[str, Any]:
+def _what_was_scored(finished: FinishedRun, opened: Opened) -> dict[str, Any]:
+    notes, own = opened.notes, opened.own
     results = {
         "stage": finished.config.stage,
         "task": finished.config.task,
         "data": notes.cache.description,
         "data_fingerprint": notes.fingerprint,
-        "split": split,
+        "split": opened.split,
+        # Notes that tell about those the run was trained on; null where that is not known.
+        "seen_in_training": None
+        if own is None
+        else shared_notes(notes.cache, opened.rows, own.cache, own.splits.train),
     }
-    if split in ("validation", "test"):
+    if opened.split in ("validation", "test"):
         # Their text occurs in the training part too.
-        results["left_out"] = getattr(notes.splits, f"{split}_duplicates")
+        results["left_out"] = getattr(notes.splits, f"{opened.split}_duplicates")
     return results
 
 
 @contextmanager
-def _eval_folder(config: ScoreConfig) -> Iterator[Path]:
+def _eval_folder(config: ScoreConfig, opened: Opened) -> Iterator[Path]:
     with locked(Path(config.run)):
-        folder = Path(config.run) / "eval"
-        folder.mkdir(mode=0o700, exist_ok=True)
+        folder = Path(config.run) / opened.place
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         yield folder

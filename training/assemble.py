@@ -386,6 +386,14 @@ def check_same_base(config: RunConfig, found: str | None) -> None:
         )
 
 
+def has_same_lists(config: RunConfig, recorded: Mapping[str, str | None]) -> bool:
+    """Tell whether the lists of patients, if any, are those by which a run split its notes."""
+    if config.splits is None:
+        return True
+    folder = Path(config.splits)
+    return folder.is_dir() and folder_digest(folder, (".csv",)) == recorded["splits"]
+
+
 # A finished run -----------------------------------------------------------------------------------
 
 

@@ -85,7 +85,7 @@ def test_a_second_call_opens_the_same_cache(tmp_path: Path) -> None:
             return super().__iter__()
 
     source = Once([Note("a"), Note("b")])
-    key = cache_key(source, CharacterTokenizer())
+    key = cache_key(source.fingerprint(), CharacterTokenizer())
     first = tokenise(source, CharacterTokenizer(), cache_folder=tmp_path)
     assert first.folder == tmp_path / key
     assert tokenise(source, CharacterTokenizer(), cache_folder=tmp_path).folder == first.folder
@@ -101,7 +101,7 @@ def test_the_key_changes_with_one_byte_of_anything(
 
     def key(content: str = content, **columns: str) -> str:
         table.write_text(content, encoding="utf-8")
-        return cache_key(open_notes(table, **columns), load_tokenizer(model))
+        return cache_key(open_notes(table, **columns).fingerprint(), load_tokenizer(model))
 
     keys = [
         key(),

@@ -26,8 +26,9 @@ def test_it_says_the_outcome_metrics(
 ) -> None:
     assert command.main(["--run", str(downstream_run), "--bootstrap", "50"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["accuracy", "f1", "auroc"]
-    assert all("[" in line for line in lines[1:])
+    names = ["accuracy", "f1", "auroc", "auprc", "calibration"]
+    assert [line.split()[0] for line in lines[1:]] == names
+    assert all("[" in line for line in lines[1:-1])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import torch
 from sklearn import metrics as sklearn_metrics
 
 from data.synthetic import make_cohort
-from evaluation.score import ScoreConfig, score_run
+from evaluation.report import seen_warning
+from evaluation.score import ScoreConfig, score_run, summary
 from lora.attach import adapter_names, without_adapters
 from model.batch import TokenBatch
 from model.files import read_json
@@ -126,8 +127,8 @@ def test_nothing_written_tells_a_note_or_a_patient(
 ) -> None:
     score(downstream_run, bootstrap=10)
     output = "".join(capfd.readouterr())
-    files = list((downstream_run / "eval").iterdir())
-    assert {path.name for path in files} == {"results.json", "predictions.csv"}
+    files = [path for path in (downstream_run / "eval").iterdir() if path.is_file()]
+    assert {path.name for path in files} == {"results.json", "predictions.csv", "report.html"}
     for text in (output, *(path.read_text() for path in files)):
         assert CANARY_TEXT not in text
         assert CANARY_PATIENT not in text
@@ -158,10 +159,136 @@ def test_predictions_of_a_split_are_those_of_its_scoring(
 
 def test_other_notes_are_scored_whole(downstream_run: Path, tmp_path: Path) -> None:
     other = write_notes(tmp_path / "other.csv", patients=30, seed=6)
+    before = score(downstream_run, bootstrap=0)
     results = score(downstream_run, data=str(other), bootstrap=0)
     assert results["split"] == "all"
     assert results["n"] == 60
     assert results["auroc"] > 0.7
+    assert results["seen_in_training"] == {"text": 0, "patient": 0}
+    assert seen_warning(results) is None
+    # The run's own results stay where they are; these stand beside them.
+    assert read_json(downstream_run / "eval" / "results.json") == before
+    beside = downstream_run / "eval" / f"other-{results['data_fingerprint'][:8]}"
+    assert read_json(beside / "results.json") == results
+    # The same temperature and thresholds: they come from the run's own validation notes.
+    temperatures = {found["calibration"]["temperature"] for found in (before, results)}
+    assert len(temperatures) == 1
+    for rule in ("youden", "sensitivity 0.9"):
+        chosen = [
+            [row["threshold"] for row in found["thresholds"] if row["rule"] == rule]
+            for found in (before, results)
+        ]
+        assert chosen[0] == chosen[1] != []
+
+
+def test_each_split_has_its_own_results(downstream_run: Path) -> None:
+    score(downstream_run, bootstrap=0)
+    results = score(downstream_run, split="validation", bootstrap=0)
+    assert read_json(downstream_run / "eval" / "results.json")["split"] == "test"
+    assert read_json(downstream_run / "eval" / "validation" / "results.json") == results
+
+
+def test_training_notes_that_come_as_other_data_are_told(
+    downstream_run: Path, notes: Path, tmp_path: Path
+) -> None:
+    """The same file under another name: all patients of the training part are recognised."""
+    copy = tmp_path / "copy.csv"
+    shutil.copy(notes, copy)
+    results = score(downstream_run, data=str(copy), bootstrap=0)
+    train = score(downstream_run, split="train", bootstrap=0)["n"]
+    assert 0 < train < results["n"]
+    assert results["seen_in_training"] == {"text": train, "patient": train}
+    warnings = [line for line in summary(results) if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert f"{train} of {results['n']} notes have the text" in warnings[0]
+
+
+def test_columns_that_are_typed_must_be_there(downstream_run: Path, tmp_path: Path) -> None:
+    other = write_notes(tmp_path / "other.csv", patients=5, seed=6)
+    for predict in (None, str(tmp_path / "scores.csv")):
+        with pytest.raises(ValueError, match="no patient column 'person'"):
+            score(downstream_run, data=str(other), patient_column="person", predict=predict)
+    with pytest.raises(ValueError, match="no subgroup column 'sex'"):
+        score(downstream_run, data=str(other), subgroup_columns=("sex",))
+
+
+def test_groups_come_from_columns_of_the_table(
+    base: Path, notes: Path, downstream_run: Path, tmp_path: Path
+) -> None:
+    with notes.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    grouped = tmp_path / "grouped.csv"
+    with grouped.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], "sex", "age"])
+        writer.writeheader()
+        for i, row in enumerate(rows):
+            patient = i // 2
+            sex = "other" if patient < 4 else "FM"[patient % 2]
+            writer.writerow({**row, "sex": sex, "age": 30 + patient // 2})
+    results = score(
+        downstream_run, data=str(grouped), subgroup_columns=("sex", "age"), bootstrap=50
+    )
+    table = {(row["group"], row["value"]): row for row in results["subgroups"]}
+    assert table["sex", "other"] == {"group": "sex", "value": "other", "suppressed": True}
+    assert table["sex", "F"]["n"] + table["sex", "M"]["n"] == len(rows) - 8
+    assert {value for group, value in table if group == "age"} == {
+        "18 to 44", "45 to 64", "65 to 74", "75 to 84", "85 and over"
+    }  # fmt: skip
+    low, high = table["sex", "F"]["auroc_ci"]
+    assert low < table["sex", "F"]["auroc"] <= high
+
+
+def test_two_runs_are_compared_on_the_same_notes(
+    downstream_run: Path, base: Path, notes: Path, tmp_path: Path
+) -> None:
+    config = replace(
+        settings(downstream(), base, notes, tmp_path / "other"),
+        task="label",
+        label_column="label",
+        adapter="none",
+        steps=2,
+    )
+    other = run(config)
+    with pytest.raises(ValueError, match="has not been scored on these notes"):
+        score(downstream_run, compare=str(other))
+    theirs = score(other, bootstrap=0)
+    results = score(downstream_run, compare=str(other), bootstrap=100)
+    found = results["comparison"]["auroc"]
+    assert found["other"] == pytest.approx(theirs["auroc"], abs=1e-12)
+    assert found["this"] == pytest.approx(results["auroc"], abs=1e-12)
+    assert found["ci"][0] < found["difference"] < found["ci"][1]
+    assert 0 < found["p"] <= 1
+    table = other / "eval" / "predictions.csv"
+    table.write_text(table.read_text().replace('"yes","no"', '"no","no"', 1))
+    with pytest.raises(ValueError, match="cannot be paired"):
+        score(downstream_run, compare=str(other))
+    table.write_text("row,label\n")
+    with pytest.raises(ValueError, match="score that run again"):
+        score(downstream_run, compare=str(other))
+
+
+def test_lists_of_patients_that_changed_are_refused(
+    base: Path, notes: Path, tmp_path: Path
+) -> None:
+    with notes.open(newline="") as file:
+        patients = sorted({row["patient"] for row in csv.DictReader(file)})
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    parts = {"train": patients[:80], "validation": patients[80:100], "test": patients[100:]}
+    for name, part in parts.items():
+        (lists / f"{name}.csv").write_text("\n".join(["patient", *part]) + "\n")
+    config = replace(
+        settings(downstream(), base, notes, tmp_path / "run"),
+        task="label",
+        label_column="label",
+        splits=str(lists),
+        steps=1,
+    )
+    out = run(config)
+    assert score(out, bootstrap=0)["n"] == 40
+    (lists / "test.csv").write_text("\n".join(["patient", *patients[101:]]) + "\n")
+    with pytest.raises(ValueError, match="patient lists"):
+        score(out)
 
 
 def test_a_label_that_was_not_trained_on_is_refused(downstream_run: Path, tmp_path: Path) -> None:
@@ -207,6 +334,9 @@ def test_the_ceiling_of_a_synthetic_cohort_is_reported(base: Path, tmp_path: Pat
         ({"predict": "scores.txt"}, "ends in .csv"),
         ({"predict": "scores.csv"}, "--predict needs a classifier"),
         ({"data": "absent.csv"}, "absent.csv"),
+        ({"compare": "other"}, "--compare needs a classifier"),
+        ({"subgroup_columns": ("sex",)}, "--subgroup-columns need a classifier"),
+        ({"predict": "scores.csv", "compare": "other"}, "--compare is not used with --predict"),
     ],
 )
 def test_wrong_requests_are_refused(
