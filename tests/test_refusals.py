@@ -561,7 +561,7 @@ ADAPTER_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "DoRA": ({"use_dora": True}, "use_dora = true is not supported"),
     "biases": ({"bias": "all"}, "bias ="),
     "unknown key": ({"magic": {"a": 1}}, "magic"),
-    "another method": ({"peft_type": "IA3"}, "peft_type must be LORA"),
+    "another method": ({"peft_type": "IA3"}, "peft_type must be one of LORA, "),
     "an embedding": ({"modules_to_save": ["embed_tokens"]}, "is not supported"),
 }
 

@@ -23,10 +23,14 @@ from data.packing import ClassificationNotes, LanguagePieces, length_quantiles
 from data.splits import Splits, split_notes
 from data.synthetic import make_cohort
 from data.tokenizer import Tokenizer, load_tokenizer
-from lora.attach import attach
+from lora.adaption_prompt import AdaptionPromptConfig
+from lora.attach import AdapterConfig, attach
 from lora.config import ALL_LINEAR, LoraConfig
+from lora.p_tuning import PTuningConfig
 from lora.parts import MERGED
 from lora.peft_format import find_adapter, load_adapter
+from lora.prefix_tuning import PrefixTuningConfig
+from lora.prompt_tuning import PromptTuningConfig
 from model.checkpoint import (
     WEIGHT_FILES,
     base_fingerprint,
@@ -37,7 +41,7 @@ from model.checkpoint import (
     weights_metadata,
 )
 from model.config import DecoderConfig, EncoderConfig, read_config, read_decoder_config
-from model.decoder import init_weights
+from model.decoder import Decoder, init_weights
 from model.files import check_files, folder_digest, open_safetensors
 from model.heads import CausalLM, Classifier, Model
 from training.config import AUTO, BaseDtype, RunConfig, from_dict
@@ -233,12 +237,20 @@ def load_base(config: RunConfig, folder: Path, num_labels: int, device: torch.de
         model.to(device=device, dtype=dtype)
     else:
         model = load_causal_lm(folder, dtype=dtype, device=device, int8=int8)
-    if config.max_length > model.config.max_position_embeddings:
-        raise ValueError(
-            f"--max-length is {config.max_length}, but the base was made for at most "
-            f"{model.config.max_position_embeddings} positions (max_position_embeddings)"
-        )
+    _check_positions(config, model)
     return model.requires_grad_(False)
+
+
+def _check_positions(config: RunConfig, model: Model) -> None:
+    """Refuse segments that, with what adapters put in front of them, are too long for the base."""
+    network, limit = model.network, model.config.max_position_embeddings
+    in_front = network.virtual_tokens + network.prefix_tokens if isinstance(network, Decoder) else 0
+    if config.max_length + in_front > limit:
+        adapters = f" and the adapters put {in_front} in front of them" if in_front else ""
+        raise ValueError(
+            f"--max-length is {config.max_length}{adapters}, but the base was made for at most "
+            f"{limit} positions (max_position_embeddings)"
+        )
 
 
 def _check_memory(shape: DecoderConfig, folder: Path) -> None:
@@ -266,18 +278,47 @@ def build_model(config: RunConfig, notes: Notes, device: torch.device) -> Model:
         adapter = init_adapter_folder(Path(config.init_adapter))
         _check_run_adapter(adapter)
         load_adapter(model, adapter, CLINICAL, trainable=not config.freeze_init_adapter)
-    if config.adapter == "lora":
-        name = DOWNSTREAM if config.stage == "downstream" else CLINICAL
-        attach(model, name, lora_config(config), seed=config.seed)
     if config.adapter == "full":
         model.requires_grad_(True)
+    elif config.adapter != "none":
+        name = DOWNSTREAM if config.stage == "downstream" else CLINICAL
+        ids = _init_ids(config, notes.tokenizer)
+        attach(model, name, adapter_settings(config, model), seed=config.seed, init_ids=ids)
+    _check_positions(config, model)
     if isinstance(model, Classifier):
         model.head.requires_grad_(True)
     return model
 
 
-def lora_config(config: RunConfig) -> LoraConfig:
+def adapter_settings(config: RunConfig, model: Model) -> AdapterConfig:
     """The new adapter's settings in the words of PEFT."""
+    if config.adapter == "prompt":
+        prompt = config.prompt
+        text = prompt.init_text if prompt.init == "text" else None
+        return PromptTuningConfig(
+            num_virtual_tokens=prompt.num_virtual_tokens, init=prompt.init, init_text=text
+        )
+    if config.adapter == "prefix":
+        return PrefixTuningConfig(
+            num_virtual_tokens=config.prefix.num_virtual_tokens,
+            prefix_projection=config.prefix.projection,
+            encoder_hidden_size=config.prefix.encoder_hidden_size,
+        )
+    if config.adapter == "p-tuning":
+        return PTuningConfig(
+            num_virtual_tokens=config.p_tuning.num_virtual_tokens,
+            encoder=config.p_tuning.encoder,
+            encoder_hidden_size=config.p_tuning.encoder_hidden_size,
+            encoder_num_layers=config.p_tuning.encoder_layers,
+            encoder_dropout=config.p_tuning.encoder_dropout,
+        )
+    if config.adapter == "adaption-prompt":
+        upper = max(1, len(model.network.blocks) - 2)  # 30 of LLaMA-7B's 32, as in the paper
+        return AdaptionPromptConfig(
+            adapter_len=config.adaption_prompt.adapter_len,
+            adapter_layers=config.adaption_prompt.adapter_layers or upper,
+        )
+    assert config.adapter == "lora"
     targets = _lora_targets(config)
     return LoraConfig(
         r=config.lora.r,
@@ -286,6 +327,14 @@ def lora_config(config: RunConfig) -> LoraConfig:
         target_modules=ALL_LINEAR if targets == (ALL_LINEAR,) else targets,
         use_rslora=config.lora.rslora,
     )
+
+
+def _init_ids(config: RunConfig, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of prompt tuning's init text, BOS first, as in PEFT."""
+    if config.adapter != "prompt" or config.prompt.init != "text":
+        return []
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return [*begin, *tokenizer.encode(config.prompt.init_text)]
 
 
 def _lora_targets(config: RunConfig) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from typing import Any, TypeVar, cast
 import yaml
 
 from model.files import read_json
-from training.config import RunConfig, Stage, from_dict, to_dict
+from training.config import Adapter, RunConfig, Stage, from_dict, to_dict
 from training.run_folder import RUN_FILE
 from training.stages import EMBEDDED, STAGES
 
@@ -449,8 +449,17 @@ def why_unused(flag: str, config: RunConfig) -> str | None:
     """Why a flag changes nothing in this run; None where it may change something."""
     is_downstream = config.stage == "downstream"
     reason = None
-    if flag.startswith("--lora.") and config.adapter != "lora":
-        reason = f"a setting of --adapter lora, but --adapter is {config.adapter}"
+    group = flag.removeprefix("--").partition(".")[0] if "." in flag else None
+    if group in typing.get_args(Adapter) and config.adapter != group:
+        reason = f"a setting of --adapter {group}, but --adapter is {config.adapter}"
+    elif flag == "--prompt.init-text" and config.prompt.init != "text":
+        reason = f"a setting of --prompt.init text, but --prompt.init is {config.prompt.init}"
+    elif flag == "--prefix.encoder-hidden-size" and not config.prefix.projection:
+        reason = "a setting of --prefix.projection"
+    elif flag in ("--p-tuning.encoder-layers", "--p-tuning.encoder-dropout") and (
+        config.p_tuning.encoder != "lstm"
+    ):
+        reason = f"a setting of an LSTM, but --p-tuning.encoder is {config.p_tuning.encoder}"
     elif flag.startswith("--int8.") and config.base_dtype != "int8":
         reason = "a setting of --base-dtype int8"
     elif flag in ("--truncate", "--class-weights") and not is_downstream:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 Stage = Literal["pretrain", "clinical", "downstream"]
 Task = Literal["mor", "label"]
-Adapter = Literal["lora", "none", "full"]
+Adapter = Literal["lora", "prompt", "prefix", "p-tuning", "adaption-prompt", "none", "full"]
 BaseDtype = Literal["float32", "bfloat16", "int8"]
 Schedule = Literal["constant", "linear", "cosine"]
 AUTO = "auto"  # LoRA's target modules: those that the base's family is adapted at
@@ -66,6 +66,84 @@ class Int8Settings:
 
     compute: Literal["bf16", "int8"] = "bf16"
     """Dequantise weights where they are used, or quantise activations too and multiply int8."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptSettings:
+    """Prompt tuning (--adapter prompt); checked by the RunConfig that holds them."""
+
+    num_virtual_tokens: int = 15
+    """Trained rows in front of each segment's embedded tokens."""
+    init: Literal["random", "text"] = "random"
+    """How they begin: standard normal, or as the embeddings of --prompt.init-text."""
+    init_text: str = "Finish this clinical note: "
+    """The text; its tokens are repeated until they are enough."""
+
+    def check(self) -> None:
+        """Raise ValueError naming the flag whose value is out of range."""
+        _check_tokens("--prompt.num-virtual-tokens", self.num_virtual_tokens)
+        if not self.init_text.strip():
+            raise ValueError("--prompt.init-text must hold a word, got none")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrefixSettings:
+    """Prefix tuning (--adapter prefix); checked by the RunConfig that holds them."""
+
+    num_virtual_tokens: int = 20
+    """Trained keys and values in front of each segment's own, in every layer."""
+    projection: bool = False
+    """Make them by a small network, which is left behind when the adapter is written."""
+    encoder_hidden_size: int | None = None
+    """Width of that network. Default: that of a key."""
+
+    def check(self) -> None:
+        """Raise ValueError naming the flag whose value is out of range."""
+        _check_tokens("--prefix.num-virtual-tokens", self.num_virtual_tokens)
+        _check_tokens("--prefix.encoder-hidden-size", self.encoder_hidden_size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PTuningSettings:
+    """P-tuning (--adapter p-tuning); checked by the RunConfig that holds them."""
+
+    num_virtual_tokens: int = 20
+    """Rows in front of each segment's embedded tokens, made by the encoder."""
+    encoder: Literal["mlp", "lstm"] = "lstm"
+    """The network that makes them, which is left behind when the adapter is written."""
+    encoder_hidden_size: int = 256
+    """Its width."""
+    encoder_layers: int = 4
+    """Layers of the LSTM."""
+    encoder_dropout: float = 0.0
+    """Share of the values between two layers of the LSTM set to zero while training."""
+
+    def check(self) -> None:
+        """Raise ValueError naming the flag whose value is out of range."""
+        layers, dropout = self.encoder_layers, self.encoder_dropout
+        _check_tokens("--p-tuning.num-virtual-tokens", self.num_virtual_tokens)
+        _check_tokens("--p-tuning.encoder-hidden-size", self.encoder_hidden_size)
+        _check("--p-tuning.encoder-layers", layers, "from 1 to 1024", 1 <= layers <= 1024)
+        _check("--p-tuning.encoder-dropout", dropout, "from 0 to below 1", 0 <= dropout < 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AdaptionPromptSettings:
+    """Adaption prompt (--adapter adaption-prompt); checked by the RunConfig that holds them."""
+
+    adapter_len: int = 10
+    """Trained rows that each of the layers attends to besides its segment."""
+    adapter_layers: int | None = None
+    """How many of the last layers have them. Default: all but the first two."""
+
+    def check(self) -> None:
+        """Raise ValueError naming the flag whose value is out of range."""
+        _check_tokens("--adaption-prompt.adapter-len", self.adapter_len)
+        _check_tokens("--adaption-prompt.adapter-layers", self.adapter_layers)
+
+
+def _check_tokens(flag: str, value: int | None) -> None:
+    _check(flag, value, "a whole number from 1 to 65536", value is None or 1 <= value <= 65536)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,12 +218,17 @@ class RunConfig:
     """Processes that tokenise. Default: one per core."""
 
     adapter: Adapter = "lora"
-    """What is added and trained: lora; none (the head and the init adapter); full (all weights)."""
+    """What is added and trained: one of five methods; none (the head and the init adapter); full
+    (all weights)."""
     init_adapter: str | None = None
     """A finished run's folder or a PEFT folder, loaded as the adapter "clinical"."""
     freeze_init_adapter: bool = False
     """Leave the init adapter as it is."""
     lora: LoraSettings = field(default_factory=LoraSettings)
+    prompt: PromptSettings = field(default_factory=PromptSettings)
+    prefix: PrefixSettings = field(default_factory=PrefixSettings)
+    p_tuning: PTuningSettings = field(default_factory=PTuningSettings)
+    adaption_prompt: AdaptionPromptSettings = field(default_factory=AdaptionPromptSettings)
 
     batch_tokens: int | None = None
     """Tokens per optimiser step, over all ranks."""
@@ -186,7 +269,8 @@ class RunConfig:
     """The run's folder."""
 
     def __post_init__(self) -> None:
-        self.lora.check()
+        for settings in (self.lora, self.prompt, self.prefix, self.p_tuning, self.adaption_prompt):
+            settings.check()
         self.optim.check()
         _check("--max-length", self.max_length, "from 2 to 2**31 - 1", 2 <= self.max_length < 2**31)
         _check(
@@ -270,7 +354,7 @@ class RunConfig:
                 "first, or choose --adapter lora or none"
             )
         if self.stage == "clinical":
-            if self.init_adapter is not None and self.adapter == "lora":
+            if self.init_adapter is not None and self.adapter != "none":
                 raise ValueError(
                     '--stage clinical names its adapter "clinical", and so does --init-adapter: '
                     "continue that one with --adapter none"

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from data.packing import ClassificationNotes, PackedBatch
+from lora.attach import adapter_names, adapter_parameters
 from model.heads import Classifier, Model
 from training.assemble import (
     Dataset,
@@ -199,11 +200,16 @@ def describe(plan: Plan, ranks: Ranks) -> str:
 def _trained_parts(model: Model) -> list[str]:
     """What trains: adapters by name, the head, the base."""
     found: dict[str, int] = {}
+    owners = {
+        parameter: name
+        for name in adapter_names(model)
+        for parameter in adapter_parameters(model, name)
+    }
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if ".adapters." in name:
-            part = f'adapter "{name.partition(".adapters.")[2].partition(".")[0]}"'
+        if parameter in owners:
+            part = f'adapter "{owners[parameter]}"'
         elif isinstance(model, Classifier) and name in model.head_state():
             part = "the classifier's head"
         else:

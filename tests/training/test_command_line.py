@@ -44,6 +44,52 @@ REFUSED = {
     "unknown dtype": ([*CLINICAL, "--base-dtype", "int4"], "one of float32, bfloat16, int8"),
     "rank 0": ([*CLINICAL, "--lora.r", "0"], "--lora.r must be a whole number from 1"),
     "negative rank": ([*CLINICAL, "--lora.r", "-5"], "--lora.r must be a whole number from 1"),
+    "no virtual tokens": (
+        [*CLINICAL, "--adapter", "prompt", "--prompt.num-virtual-tokens", "0"],
+        "--prompt.num-virtual-tokens must be a whole number from 1 to 65536, got 0",
+    ),
+    "no init text": (
+        [*CLINICAL, "--adapter", "prompt", "--prompt.init", "text", "--prompt.init-text", " "],
+        "--prompt.init-text must hold a word",
+    ),
+    "encoder dropout 1": (
+        [*CLINICAL, "--adapter", "p-tuning", "--p-tuning.encoder-dropout", "1"],
+        "--p-tuning.encoder-dropout must be from 0 to below 1",
+    ),
+    "unknown encoder": (
+        [*CLINICAL, "--adapter", "p-tuning", "--p-tuning.encoder", "ltsm"],
+        "did you mean lstm?",
+    ),
+    "of an adapter that was not chosen": (
+        [*CLINICAL, "--adapter", "prefix", "--p-tuning.encoder", "mlp"],
+        "it is a setting of --adapter p-tuning, but --adapter is prefix",
+    ),
+    "of LoRA beside a prompt": (
+        [*CLINICAL, "--adapter", "prompt", "--lora.r", "4"],
+        "it is a setting of --adapter lora, but --adapter is prompt",
+    ),
+    "text of a random prompt": (
+        [*CLINICAL, "--adapter", "prompt", "--prompt.init-text", "x"],
+        "it is a setting of --prompt.init text, but --prompt.init is random",
+    ),
+    "width of a projection that is off": (
+        [*CLINICAL, "--adapter", "prefix", "--prefix.encoder-hidden-size", "8"],
+        "it is a setting of --prefix.projection",
+    ),
+    "layers of an LSTM that is none": (
+        [
+            *CLINICAL,
+            *[
+                "--adapter",
+                "p-tuning",
+                "--p-tuning.encoder",
+                "mlp",
+                "--p-tuning.encoder-layers",
+                "3",
+            ],
+        ],
+        "it is a setting of an LSTM, but --p-tuning.encoder is mlp",
+    ),
     "dropout 1": ([*CLINICAL, "--lora.dropout", "1"], "--lora.dropout must be from 0 to below 1"),
     "nan": ([*CLINICAL, "--lr", "nan"], "--lr must be above 0, got nan"),
     "infinity": ([*CLINICAL, "--lora.alpha", "inf"], "--lora.alpha must be a number above 0"),
