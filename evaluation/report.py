@@ -523,7 +523,7 @@ def _settings(results: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     ]
     origin = [
         ["run began", record["began"]],
-        ["weights of step", str(record.get("kept_step", record["total_steps"]))],
+        ["weights of step", f"{record['kept']['step']:,} of {record['kept']['last_step']:,}"],
         ["trainable parameters", f"{record['parameters']['trainable']:,}"],
         ["all parameters", f"{record['parameters']['all']:,}"],
         ["commit", environment["commit"] or "not known"],

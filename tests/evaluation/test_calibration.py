@@ -33,6 +33,9 @@ def test_ece_is_that_of_a_plain_loop() -> None:
         chances = rng.random(200)
         true = rng.random(200) < chances**2
         assert ece(true, chances) == pytest.approx(plain_ece(true, chances), abs=1e-12)
+        on_edges = rng.choice([0.0, 0.45, 0.5, 0.55, 1.0], 200)  # an edge belongs to the bin below
+        coin = rng.random(200) < 0.5
+        assert ece(coin, on_edges) == pytest.approx(plain_ece(coin, on_edges), abs=1e-12)
 
 
 def test_adaptive_bins_hold_as_many_notes_each() -> None:
