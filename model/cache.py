@@ -44,10 +44,12 @@ class KVCache:
         self._keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self._values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.lengths = [0] * count
-        self._capacity = capacity
+        self.capacity = capacity
         self._is_prefill = True
         self._stored: Tensor | None = None  # rows of the batch that are kept; None: all of them
-        self._slots = self._is_visible = torch.empty(0)
+        self._slots = torch.empty(0)  # where the keys of the pass go, of all sequences' slots
+        self._longest = 0  # slots that the newest tokens look at
+        self._is_visible: Tensor | None = None  # which of them, [n, 1, 1, S]; None: all
 
     @property
     def nbytes(self) -> int:
@@ -66,7 +68,7 @@ class KVCache:
         assert self._is_prefill or set(added) == {1}, "after the prompts, one token at a time"
         before = self.lengths
         self.lengths = [a + b for a, b in zip(before, added, strict=True)]
-        assert max(self.lengths) <= self._capacity
+        assert max(self.lengths) <= self.capacity
         self._stored = None
         if self._is_prefill:
             rows = torch.arange(len(added), device=device)
@@ -80,13 +82,28 @@ class KVCache:
                 rows, places = rows[self._stored], places[self._stored]
             self._slots = rows * each + places % each
             return torch.zeros(1, dtype=torch.int64, device=device)
-        self._slots = torch.tensor(
-            [row * each + length % each for row, length in enumerate(before)], device=device
-        )
-        lengths = torch.tensor(self.lengths, device=device)
-        stored = torch.arange(min(max(self.lengths), each), device=device)
-        self._is_visible = (stored < lengths[:, None])[:, None, None]
-        return lengths - 1
+        return self._point(before)
+
+    def advance(self) -> Tensor:
+        """`extend` by one token of every sequence, for `attend_newest`."""
+        before = self.lengths
+        self.lengths = [length + 1 for length in before]
+        assert max(self.lengths) <= self.capacity
+        self._is_prefill = False
+        return self._point(before)
+
+    def _point(self, before: Sequence[int]) -> Tensor:
+        """Where each sequence's next token goes and what it sees; `before` as a tensor [n]."""
+        device, each = self._keys[0].device, self._slots_each
+        lengths = torch.tensor(before, device=device)
+        rows = torch.arange(0, len(before) * each, each, device=device)
+        self._slots = rows + (lengths if max(before) < each else lengths % each)
+        self._longest = min(max(self.lengths), each)
+        self._is_visible = None
+        if min(self.lengths) < self._longest:
+            stored = torch.arange(self._longest, device=device)
+            self._is_visible = (stored <= lengths[:, None])[:, None, None]
+        return lengths
 
     def attend(
         self,
@@ -112,12 +129,24 @@ class KVCache:
         values.flatten(0, 1)[self._slots] = v if self._stored is None else v[self._stored]
         if self._is_prefill:
             return attend(q, k, v, segments, queries=queries, window=self._window)
-        longest = self._is_visible.shape[-1]
+        return self._look(layer, q)
+
+    def attend_newest(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`attend` of one token of every sequence: q [n, N, H]; k, v [n, G, H] -> [n, N, H]."""
+        self._keys[layer].flatten(0, 1).index_copy_(0, self._slots, k)
+        self._values[layer].flatten(0, 1).index_copy_(0, self._slots, v)
+        return self._look(layer, q)
+
+    def _look(self, layer: int, q: Tensor) -> Tensor:
+        keys, values = (
+            self._keys[layer][:, : self._longest],
+            self._values[layer][:, : self._longest],
+        )
         # The query heads of one key-value head stand where a prompt's queries would.
         out_nGQH = scaled_dot_product_attention(
-            q.unflatten(1, (k.shape[1], -1)),
-            keys[:, :longest].transpose(1, 2),
-            values[:, :longest].transpose(1, 2),
+            q.unflatten(1, (keys.shape[2], -1)),
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
             attn_mask=self._is_visible,
         )
         return out_nGQH.flatten(1, 2)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from model.batch import TokenBatch
 from model.cache import KVCache
+from model.decoding import Plan
 from model.heads import CausalLM
 
 
@@ -42,7 +43,7 @@ class GenerationConfig:
             raise ValueError(f"top_p is {self.top_p}; above 0 and at most 1, which is off")
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     model: CausalLM,
     prompts: Sequence[Sequence[int]],
@@ -68,15 +69,19 @@ def generate(
         cache = KVCache(
             model.config, len(prompts), capacity, dtype=weight.dtype, device=weight.device
         )
+    plan = None if cache is None else Plan.of(model.model, cache.capacity)
     running = list(range(len(prompts)))
     stop_ids = set(config.stop_ids)
     pieces = [sequences[i] for i in running]  # what the network has not seen yet
     for _ in range(config.max_new_tokens):
         if not running:
             break
-        batch = _joined(pieces).to(weight.device)
-        hidden_MD = model.model(batch, cache=cache)
-        last_nD = hidden_MD[batch.segments.cu_seqlens[1:] - 1]
+        if cache is None or plan is None or cache.is_empty:
+            batch = _joined(pieces).to(weight.device)
+            hidden_MD = model.model(batch, cache=cache)
+            last_nD = hidden_MD[batch.segments.cu_seqlens[1:] - 1]
+        else:
+            last_nD = plan.step([token for (token,) in pieces], cache)
         logits_nV = _adjusted(model.head_logits(last_nD), [sequences[i] for i in running], config)
         tokens = _choose(logits_nV, [generators[i] for i in running], config)
         for i, token in zip(running, tokens, strict=True):

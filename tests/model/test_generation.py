@@ -1,5 +1,6 @@
 """Generation against transformers, and its own promise: neither company nor cache matters."""
 
+import copy
 import dataclasses
 from collections import Counter
 from pathlib import Path
@@ -14,9 +15,14 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from lora.attach import adapter_parameters, attach
+from lora.config import LoraConfig
+from model import decoding
 from model.cache import KVCache
 from model.checkpoint import load_causal_lm
-from model.generation import GenerationConfig, _adjusted, _choose, generate
+from model.config import DecoderConfig
+from model.decoding import Plan
+from model.generation import GenerationConfig, _adjusted, _choose, _joined, generate
 from model.heads import CausalLM
 from tests.model.oracle import (
     CONFIGS,
@@ -24,6 +30,7 @@ from tests.model.oracle import (
     hugging_face_twin,
     make_causal_lm,
     make_config,
+    relative_error,
 )
 
 PROMPTS = [[1, 5, 9], [1], [1, 80, 3, 44, 12, 7, 7, 31], [1, 5, 9]]
@@ -94,6 +101,55 @@ def test_a_batch_beyond_the_window_equals_its_prompts_one_by_one(
             generate(model, [prompt], config, seed=4 + i, use_cache=use_cache)[0]
             for i, prompt in enumerate(prompts)
         ]
+
+
+def make_adapted(config: DecoderConfig) -> CausalLM:
+    """Two adapters on some layers, of which the second is alone on others."""
+    model = make_causal_lm(config)
+    for name, targets in (("a", ("q_proj", "v_proj", "down_proj")), ("b", ("v_proj", "up_proj"))):
+        attach(model, name, LoraConfig(r=3, lora_alpha=6, target_modules=targets), seed=0)
+        for parameter in adapter_parameters(model, name):
+            parameter.data.normal_(std=0.2, generator=torch.Generator().manual_seed(len(name)))
+    return model.double()
+
+
+@pytest.mark.parametrize("stacked_bytes", [0, 1 << 20])
+@pytest.mark.parametrize(
+    "name", ["grouped-query", "tied", "attention-bias", "mlp-bias", "llama3-rope", "mistral-window"]
+)
+def test_the_steps_of_a_plan_are_the_decoders_rows(
+    name: str, stacked_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With adapters, and sequences of several lengths; in bfloat16 as near to float64."""
+    monkeypatch.setattr(decoding, "_STACKED_BYTES", stacked_bytes)
+    prompts = [[1, 5, 9], [1], [1, *range(3, 20)]]
+    for dtype in (torch.float64, torch.bfloat16):
+        ours = make_adapted(CONFIGS[name]).to(dtype)
+        exact = copy.deepcopy(ours).double()
+        caches = []
+        for network in (exact, ours, ours):
+            room = {"dtype": network.head_weight.dtype, "device": "cpu"}
+            caches.append(KVCache(ours.config, len(prompts), 40, **room))
+            with torch.no_grad():
+                network.model(_joined(prompts), cache=caches[-1])
+        plan = Plan.of(ours.model, 40)
+        assert plan is not None
+        for step in range(12):
+            tokens = [3 + step, 50 - step, 7]
+            pieces = _joined([[token] for token in tokens])
+            with torch.no_grad():
+                truth = exact.model(pieces, cache=caches[0])
+                oracle = ours.model(pieces, cache=caches[1])
+                found = plan.step(tokens, caches[2])
+            assert relative_error(found, truth) <= max(2 * relative_error(oracle, truth), 1e-12)
+    plain = make_causal_lm(CONFIGS[name])
+    config = GenerationConfig(max_new_tokens=12)
+    assert generate(plain, PROMPTS, config) != generate(make_adapted(plain.config), PROMPTS, config)
+
+
+def test_a_decoder_that_a_plan_does_not_cover_has_none() -> None:
+    """And generates by the forward pass, as the tests with experts show."""
+    assert Plan.of(make_causal_lm(CONFIGS["mixtral"]).model, 10) is None
 
 
 def test_a_rolling_cache_holds_a_window_and_no_more() -> None:

@@ -1,0 +1,146 @@
+"""Greedy generation on a CPU beside transformers' `generate`, the same tokens asked of both.
+
+    python -m benchmarks.decode --model stories260k --real-data DIR
+    python -m benchmarks.decode --model llama58m --batch 8
+
+Both sides take turns in one process and are given the same prompts, of one length or (--mixed) of
+several, which transformers takes padded on the left; every pass must give the same tokens. The row
+holds the median of the passes' ratios and their range. `weights_ms` is the time that the products
+of a token with the weights take alone, as torch makes them: what no side can be faster than.
+"""
+
+import argparse
+import csv
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.against_peft import LLAMA58M
+from model.checkpoint import load_causal_lm, save_model
+from model.decoder import init_weights
+from model.generation import GenerationConfig, generate
+from model.heads import CausalLM
+
+RESULTS = Path(__file__).parent / "results" / "decode.csv"
+Peer = Callable[[list[list[int]]], list[list[int]]]  # prompts -> new tokens
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=["stories260k", "llama58m"], default="stories260k")
+    parser.add_argument("--real-data", type=Path, help="the folder of stories260k")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--mixed", action="store_true", help="prompts of several lengths")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--passes", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    ours = make_model(options)
+    peer = make_peer(ours, options)
+    prompts = make_prompts(options, ours.config.vocab_size)
+    config = GenerationConfig(max_new_tokens=options.tokens)
+    times: list[tuple[float, float]] = []
+    for _ in range(options.passes + 1):
+        began = time.perf_counter()
+        found = generate(ours, prompts, config)
+        between = time.perf_counter()
+        expected = peer(prompts)
+        times.append((between - began, time.perf_counter() - between))
+        if found != expected:
+            raise SystemExit("the two sides do not give the same tokens")
+    del times[0]  # which warmed up
+    ratios = [theirs / own for own, theirs in times]
+    own, theirs = (statistics.median(side) for side in zip(*times, strict=True))
+    row = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "model": options.model,
+        "batch": options.batch,
+        "prompts": "mixed" if options.mixed else "equal",
+        "tokens": options.tokens,
+        "threads": options.threads,
+        "ours_ms": round(1e3 * own / options.tokens, 3),
+        "transformers_ms": round(1e3 * theirs / options.tokens, 3),
+        "ratio": round(statistics.median(ratios), 2),
+        "ratio_low": round(min(ratios), 2),
+        "ratio_high": round(max(ratios), 2),
+        "weights_ms": round(1e3 * weights_seconds(ours, options.batch), 3),
+        "torch": torch.__version__,
+    }
+    is_new = not RESULTS.exists()
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerow(row)
+    print("  ".join(f"{key} {value}" for key, value in row.items()))
+
+
+def make_model(options: argparse.Namespace) -> CausalLM:
+    if options.model == "stories260k":
+        if options.real_data is None:
+            raise SystemExit("--model stories260k needs --real-data, the folder that holds it")
+        model = load_causal_lm(options.real_data / "stories260k")
+    else:
+        model = CausalLM(LLAMA58M)
+        init_weights(model, std=0.02, seed=0)
+    return model.requires_grad_(False)
+
+
+def make_peer(ours: CausalLM, options: argparse.Namespace) -> Peer:
+    """transformers' `generate` on the same weights."""
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(ours, Path(folder) / "model")
+        theirs = AutoModelForCausalLM.from_pretrained(Path(folder) / "model").eval()
+
+    @torch.inference_mode()
+    def run(prompts: list[list[int]]) -> list[list[int]]:
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+        mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+        out: Tensor = theirs.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=options.tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        return out[:, longest:].tolist()
+
+    return run
+
+
+def make_prompts(options: argparse.Namespace, vocabulary: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = [16 + (11 * i % 48 if options.mixed else 0) for i in range(options.batch)]
+    draws = (torch.randint(3, vocabulary, (n,), generator=generator) for n in lengths)
+    return [[1, *draw.tolist()] for draw in draws]
+
+
+@torch.inference_mode()
+def weights_seconds(model: CausalLM, rows: int) -> float:
+    """The best time of all products of one token's rows with the weights."""
+    weights = [p for p in model.model.layers.parameters() if p.dim() == 2]
+    weights.append(model.head_weight)
+    inputs = {weight.shape[1]: torch.randn(rows, weight.shape[1]) for weight in weights}
+    best = float("inf")
+    for _ in range(20):
+        began = time.perf_counter()
+        for weight in weights:
+            F.linear(inputs[weight.shape[1]], weight)
+        best = min(best, time.perf_counter() - began)
+    return best
+
+
+if __name__ == "__main__":
+    main()
