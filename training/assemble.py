@@ -194,10 +194,16 @@ def validation_rows(config: RunConfig, notes: Notes) -> np.ndarray:
 def resolve(config: RunConfig, device: torch.device) -> RunConfig:
     """The config with the settings that follow from base and device, as run.json records them.
 
-    Raises ValueError for a stage that the base's family does not have.
+    Raises ValueError for a stage or an adapter that the base's family does not have.
     """
     if config.model is not None and config.stage != "downstream":
         read_decoder_config(Path(config.model))
+    for_all = config.model is None or config.adapter in ("lora", "none", "full")
+    if not for_all and isinstance(read_config(Path(config.model or "")), EncoderConfig):
+        raise ValueError(
+            f"--adapter {config.adapter} is for decoders, but {config.model} is an encoder "
+            "(BERT): choose lora, full or none"
+        )
     lora = dataclasses.replace(config.lora, target_modules=_lora_targets(config))
     return dataclasses.replace(config, base_dtype=base_dtype(config, device), lora=lora)
 

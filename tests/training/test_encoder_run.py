@@ -173,6 +173,12 @@ def test_targets_of_the_other_family_are_refused(make: MakeConfig) -> None:
         run(config)
 
 
+@pytest.mark.parametrize("adapter", ["prompt", "prefix", "p-tuning", "adaption-prompt"])
+def test_adapters_of_decoders_are_refused(adapter: str, make: MakeConfig) -> None:
+    with pytest.raises(ValueError, match=f"--adapter {adapter} is for decoders"):
+        run(make(adapter=adapter))
+
+
 def logits_of(config: RunConfig, out: Path, texts: list[str]) -> torch.Tensor:
     """What the finished run says of texts, one at a time."""
     finished = restore(out, torch.device("cpu"))

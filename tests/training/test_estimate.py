@@ -203,7 +203,7 @@ def test_operations_are_what_torch_counts(
 
 
 def test_pooling_early_saves_its_share_of_a_7b_classifier() -> None:
-    """Of 32 layers the last keeps its keys and values: 2.6% of a step go, and with the head 4.5%."""
+    """Of 32 layers the last keeps its keys and values: 2.6% of a step go, with the head 4.5%."""
     shape = replace(
         SHAPE,
         vocab_size=32_000,
@@ -214,12 +214,13 @@ def test_pooling_early_saves_its_share_of_a_7b_classifier() -> None:
         num_key_value_heads=32,
         head_dim=128,
     )
-    counted = []
     with torch.device("meta"):
-        for model in (SequenceClassifier(shape, 2), CausalLM(shape)):
-            model.requires_grad_(False)
-            attach(model, "a", LoraConfig(r=16), seed=0)
-            counted.append(flops(model, np.array([512] * 4), trains=True))
+        models = (SequenceClassifier(shape, 2), CausalLM(shape))
+    counted = []
+    for model in models:
+        model.requires_grad_(False)
+        attach(model, "a", LoraConfig(r=16), seed=0)
+        counted.append(flops(model, np.array([512] * 4), trains=True))
     head = 2 * 2 * (4 * 511) * 32_000 * 4096
     assert counted[0] / (counted[1] - head) - 1 == pytest.approx(-0.026, abs=5e-4)
     assert counted[0] / counted[1] - 1 == pytest.approx(-0.045, abs=5e-4)
