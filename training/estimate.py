@@ -26,10 +26,11 @@ from torch import nn
 from data.packing import PackedBatch
 from kernels.reference import CHUNK_ELEMENTS
 from lora.adapter import LoraAdapter
+from lora.adaption_prompt import AdaptionPrompt
 from model.attention import WINDOW_BLOCK
 from model.batch import Segments
 from model.config import DecoderConfig
-from model.decoder import Block
+from model.decoder import Block, Decoder
 from model.encoder import Encoder, Layer
 from model.experts import SparseMLP
 from model.heads import CausalLM, Model, Network
@@ -97,10 +98,11 @@ def memory(
         micro_batches: in the step; from the second on, the gradients of the first are there.
         program: as from `program_bytes`.
     """
+    own, batch = batch, _behind_virtual_tokens(model, batch)
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.nbytes for p in trained)
     activations = saved_bytes(
-        model, batch, compute_dtype=compute_dtype, on_gpu=on_gpu, checkpointing=checkpointing
+        model, own, compute_dtype=compute_dtype, on_gpu=on_gpu, checkpointing=checkpointing
     )
     width = compute_dtype.itemsize
     tokens = len(batch.input_ids)
@@ -117,7 +119,13 @@ def memory(
         # Of a classifier the last block is the smallest.
         largest = blocks[0]
         recomputed = _block_saved(
-            largest, batch, width, on_gpu, has_gradient=True, pools=_pools(model, largest)
+            largest,
+            batch,
+            width,
+            on_gpu,
+            has_gradient=True,
+            pools=_pools(model, largest),
+            prefix=_prefix(model),
         )
         # On a CPU the forward pass of a block, which keeps nothing, leaves holes of that size in
         # the heap, and what is recomputed does not fit into them (measured, not derived).
@@ -126,7 +134,7 @@ def memory(
     if any(isinstance(m, Linear) and m.weight.requires_grad for m in model.modules()):
         passing += max(p.nbytes for p in trained)  # a gradient before it is added
 
-    at_head = _head_bytes(model, batch, compute_dtype)
+    at_head = _head_bytes(model, own, compute_dtype)
     before = gradients if micro_batches > 1 else 0
     # Weights' gradients grow while activations go: the peak is at one end of the backward pass.
     peak = max(activations + before + max(passing, at_head), gradients + passing)
@@ -148,9 +156,11 @@ def saved_bytes(
     checkpointing: bool,
 ) -> int:
     """Bytes that the forward pass of a micro-batch keeps for its backward pass, without weights."""
+    scored = _scored(batch) if isinstance(model, CausalLM) else 0
+    batch = _behind_virtual_tokens(model, batch)
     width, tokens, config = compute_dtype.itemsize, len(batch.input_ids), model.config
     stream = tokens * config.hidden_size * width
-    saved, has_gradient = 0, model.network.word_embedding.weight.requires_grad
+    saved, has_gradient, prefix = 0, _input_trains(model), _prefix(model)
     if isinstance(model.network, Encoder) and has_gradient:
         dropped = model.network.config.hidden_dropout_prob > 0
         saved += stream + tokens * 2 * _WIDE + tokens * config.hidden_size * dropped
@@ -158,19 +168,18 @@ def saved_bytes(
         if checkpointing:
             # The input of every block, with a gradient or without.
             saved += stream
-            has_gradient = has_gradient or _trains(block)
+            has_gradient = has_gradient or _trains(block) or prefix.trains
         else:
             pools = _pools(model, block)
             saved += _block_saved(
-                block, batch, width, on_gpu, has_gradient=has_gradient, pools=pools
+                block, batch, width, on_gpu, has_gradient=has_gradient, pools=pools, prefix=prefix
             )
-            has_gradient = has_gradient or _trains(block)
+            has_gradient = has_gradient or _trains(block) or prefix.trains
     if has_gradient and isinstance(config, DecoderConfig):
         rows = tokens if isinstance(model, CausalLM) else len(batch.rows)
         saved += tokens * config.head_dim * width  # the angles' cosines and sines
         saved += rows * (config.hidden_size * width + _WIDE)  # the last norm
     if isinstance(model, CausalLM):
-        scored = _scored(batch)
         saved += scored * config.hidden_size * width * has_gradient
         if model.head_weight.requires_grad:
             saved += model.head_weight.nbytes
@@ -187,6 +196,7 @@ def _block_saved(
     *,
     has_gradient: bool,
     pools: bool,
+    prefix: "_Prefix",
 ) -> int:
     """Bytes that one block keeps; nothing while neither its input nor it has a gradient.
 
@@ -210,7 +220,12 @@ def _block_saved(
     dim = own.q_proj.in_features
     kept.norm(block.input_layernorm, kept.tokens, dim, statistics=1)
     heads = own.q_proj.out_features // own.head_dim
-    kept.attention(own.q_proj, own.k_proj, own.v_proj, heads=heads, window=own.window)
+    kept.attention(
+        own.q_proj, own.k_proj, own.v_proj, heads=heads, window=own.window, prefix=prefix
+    )
+    for prompt in own.prompts.values():
+        assert isinstance(prompt, AdaptionPrompt)
+        kept.prompt(prompt, own.q_proj, own.k_proj, heads=heads)
     kept.linear(own.o_proj, rows=kept.rows)
     kept.norm(block.post_attention_layernorm, kept.rows, dim, statistics=1)
     if sparse is not None:
@@ -234,6 +249,8 @@ class _Kept:
         self.rows = len(batch.rows) if pools else self.tokens  # of all but keys and values
         self._batch, self._width, self._on_gpu, self._pools = batch, width, on_gpu, pools
         self._has_gradient = has_gradient
+        self._keeps_queries = False  # the rows of all queries, as they come out of the rotation
+        self._keeps_output = False  # attention's output apart from what the projection keeps
 
     def tensor(self, rows: int, columns: int) -> None:
         self.bytes += rows * columns * self._width * self._has_gradient
@@ -273,14 +290,25 @@ class _Kept:
         self.bytes += of_router * self._has_gradient
 
     def attention(
-        self, query: Linear, key: Linear, value: Linear, *, heads: int, window: int | None = None
+        self,
+        query: Linear,
+        key: Linear,
+        value: Linear,
+        *,
+        heads: int,
+        window: int | None = None,
+        prefix: "_Prefix | None" = None,
     ) -> None:
         if self._pools:
             self.linear(key, value, rows=self.tokens)
             self.linear(query, rows=self.rows)
         else:
             self.linear(query, key, value, rows=self.tokens)
+        if prefix is not None and prefix.tokens:
+            self._attention_behind(prefix, query, key, heads=heads)
+            return
         whole, padded, groups = (self.tokens, 0, 1) if self._on_gpu else _padding(self._batch)
+        self._keeps_queries = self._has_gradient and (self._pools or whole > 0)
         self.tensor(whole + padded, 2 * key.out_features)  # k and v
         self.tensor(self.rows if self._pools else whole + padded, query.out_features)
         attended = self.rows
@@ -291,6 +319,54 @@ class _Kept:
         self.tensor(mask, 1)
         if groups > 1 or (padded and not self._pools) or mask:
             self.tensor(attended, query.out_features)  # the output, before it is put in order
+            self._keeps_output = self._has_gradient
+
+    def _attention_behind(
+        self, prefix: "_Prefix", query: Linear, key: Linear, *, heads: int
+    ) -> None:
+        """Queries are of the tokens, keys and values also of a prefix in front of each segment."""
+        self._has_gradient = self._has_gradient or prefix.trains
+        own = Segments.from_offsets(self._batch.offsets.tolist())
+        behind = own.behind(prefix.tokens).segments
+        queries, keys, attended, mask = self.rows, behind.offsets[-1], self.rows, 0
+        if not self._on_gpu:
+            padded_queries, padded_keys, attended = 0, 0, 0
+            whole_queries = whole_keys = False
+            for group in behind.groups:
+                length = 1 if self._pools else group.length - prefix.tokens
+                attended += group.count * length
+                is_even = group.index is None
+                whole_keys, whole_queries = whole_keys or is_even, whole_queries or is_even
+                padded_keys += 0 if is_even else group.count * group.length
+                padded_queries += 0 if is_even else group.count * length
+                if length > 1 or not is_even:
+                    mask += group.count * length * group.length
+            keys = keys * whole_keys + padded_keys
+            if not self._pools:
+                queries = queries * whole_queries + padded_queries
+        self._keeps_queries = self._has_gradient and queries >= self.rows
+        self.tensor(keys, 2 * key.out_features)
+        self.tensor(queries, query.out_features)
+        self.tensor(mask, 1)
+        self.bytes += attended * heads * _WIDE * self._has_gradient  # log-sum-exp
+        if not self._on_gpu and (len(behind.groups) > 1 or attended > self.rows):
+            self.tensor(attended, query.out_features)  # the output, before it is put in order
+            self._keeps_output = self._has_gradient
+
+    def prompt(self, prompt: AdaptionPrompt, query: Linear, key: Linear, *, heads: int) -> None:
+        """Its keys and values, the queries unless attention has kept them, the output before its
+        gate, and the log-sum-exp.
+        """
+        if not self._keeps_output:
+            self.tensor(self.rows, query.out_features)  # which the projection now reads summed
+        self._keeps_output = True
+        self._has_gradient = self._has_gradient or _trains(prompt)
+        if not self._keeps_queries:
+            self.tensor(self.rows, query.out_features)
+        self._keeps_queries = self._has_gradient
+        self.tensor(len(prompt.rows), 2 * key.out_features)
+        self.tensor(self.rows, query.out_features)
+        self.bytes += self.rows * heads * _WIDE * self._has_gradient
 
 
 def _head_bytes(model: Model, batch: PackedBatch, compute_dtype: torch.dtype) -> int:
@@ -322,9 +398,38 @@ def _trains(module: nn.Module) -> bool:
 
 def _trained_blocks(model: Model) -> list[nn.Module]:
     """The blocks that a gradient passes through."""
-    if _trains(model.network.word_embedding):
+    if _input_trains(model) or _prefix(model).trains:
         return list(model.network.blocks)
     return list(itertools.dropwhile(lambda block: not _trains(block), model.network.blocks))
+
+
+def _input_trains(model: Model) -> bool:
+    """Whether the rows that enter the first block have a gradient."""
+    network = model.network
+    in_front = isinstance(network, Decoder) and _trains(network.input_modules)
+    return _trains(network.word_embedding) or in_front
+
+
+class _Prefix(NamedTuple):
+    """Keys in front of each segment, in every layer."""
+
+    tokens: int
+    trains: bool
+
+
+def _prefix(model: Model) -> _Prefix:
+    network = model.network
+    if not isinstance(network, Decoder):
+        return _Prefix(0, False)
+    return _Prefix(network.prefix_tokens, _trains(network.prefixes))
+
+
+def _behind_virtual_tokens(model: Model, batch: PackedBatch) -> PackedBatch:
+    """The batch with the rows that virtual tokens add to every segment; the heads see none."""
+    network = model.network
+    count = network.virtual_tokens if isinstance(network, Decoder) else 0
+    offsets = batch.offsets + count * np.arange(len(batch.offsets), dtype=batch.offsets.dtype)
+    return batch._replace(offsets=offsets, input_ids=np.resize(batch.input_ids, int(offsets[-1])))
 
 
 def _pools(model: Model, block: nn.Module) -> bool:
@@ -376,19 +481,23 @@ def flops(model: Model, lengths: np.ndarray, *, trains: bool, checkpointing: boo
     A product with a weight costs two a weight and token forward, two for its input's gradient, and
     two for its own if it trains. Causal attention over s tokens costs 2 s N H a token forward and
     5 s N H backward, an encoder's twice that. Recomputing a block adds its forward pass. The last
-    block of a classifier has one query, output and MLP row a segment, which sees all s tokens.
+    block of a classifier has one query, output and MLP row a segment, which sees all s tokens. What
+    makes the rows of virtual tokens and prefixes is left out.
 
     Args:
         lengths: [n] tokens of each segment.
         trains: forward and backward; else forward alone.
     """
+    scored = float(lengths.sum()) - len(lengths)
+    config, prefix = model.config, _prefix(model)
+    if isinstance(model.network, Decoder):
+        lengths = lengths + model.network.virtual_tokens
     tokens = float(lengths.sum())
-    config = model.config
     window = config.sliding_window if isinstance(config, DecoderConfig) else None
     seen = lengths.astype(np.float64) if window is None else np.minimum(lengths, float(window))
     squares = float((seen * (2.0 * lengths - seen)).sum())  # s^2 where all keys are seen
     total = 0.0
-    has_gradient = model.network.word_embedding.weight.requires_grad
+    has_gradient = _input_trains(model)
     for block in model.network.blocks:
         pools, shares = _pools(model, block), {}
         if isinstance(block, Layer):
@@ -399,7 +508,7 @@ def flops(model: Model, lengths: np.ndarray, *, trains: bool, checkpointing: boo
             readers = (block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj)
             into_readers = has_gradient or _trains(block.input_layernorm)
             shares = _expert_shares(block)
-        has_gradient = has_gradient or _trains(block)
+        has_gradient = has_gradient or _trains(block) or prefix.trains
         forward = backward = 0.0
         for layer in (module for module in block.modules() if isinstance(module, Linear)):
             rows = float(len(lengths)) if pools and layer not in readers[1:] else tokens
@@ -415,6 +524,11 @@ def flops(model: Model, lengths: np.ndarray, *, trains: bool, checkpointing: boo
         # Of causal attention only half of the pairs are computed.
         seen_by_last = float(seen.sum())
         pairs = seen_by_last if pools else squares if isinstance(block, Layer) else squares / 2
+        in_front = prefix.tokens
+        if isinstance(block, Block):
+            prompts = block.self_attn.prompts.values()
+            in_front += sum(len(p.rows) for p in prompts if isinstance(p, AdaptionPrompt))
+        pairs += (len(lengths) if pools else tokens) * in_front
         attended = 2 * pairs * readers[0].out_features
         forward += 2 * attended
         backward += 5 * attended
@@ -427,7 +541,7 @@ def flops(model: Model, lengths: np.ndarray, *, trains: bool, checkpointing: boo
         total += 2 * len(lengths) * dense.numel() * products
     if isinstance(model, CausalLM):
         products = 1 + trains + (trains and model.head_weight.requires_grad)
-        total += 2 * (tokens - len(lengths)) * model.head_weight.numel() * products
+        total += 2 * scored * model.head_weight.numel() * products
     return total
 
 
@@ -452,12 +566,13 @@ def measured_rate(
     """Operations a second of a block or two and the head on the device, over a micro-batch.
 
     Args:
-        model: the run's, on the meta device; its first blocks are built with random weights.
+        model: the run's, on the meta device; its last blocks, which every adapter reaches, are
+            built with random weights.
         make_objective: gives a model on the device its objective.
     """
     probe = copy.deepcopy(model)
     # The last block of a classifier is not like the others: there it needs one before it.
-    del probe.network.blocks[1 if isinstance(model, CausalLM) else 2 :]
+    del probe.network.blocks[: -1 if isinstance(model, CausalLM) else -2]
     probe = probe.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():

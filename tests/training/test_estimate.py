@@ -17,8 +17,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.packing import PackedBatch
-from lora.attach import attach
+from lora.adaption_prompt import AdaptionPromptConfig
+from lora.attach import AdapterConfig, attach
 from lora.config import LoraConfig
+from lora.prefix_tuning import PrefixTuningConfig
+from lora.prompt_tuning import PromptTuningConfig
 from model.checkpoint import save_model
 from model.config import DecoderConfig, EncoderConfig
 from model.decoder import init_weights
@@ -54,6 +57,11 @@ ENCODER = EncoderConfig(
     max_position_embeddings=256,
     hidden_dropout_prob=0.1,
 )
+PROMPTS: dict[str, AdapterConfig] = {
+    "prompt": PromptTuningConfig(num_virtual_tokens=5),
+    "prefix": PrefixTuningConfig(num_virtual_tokens=5),
+    "adaption prompt": AdaptionPromptConfig(adapter_len=5, adapter_layers=2),
+}
 # Equal lengths (a view of the stream), a single note, one padded group, several groups.
 LENGTHS = ([64] * 4, [100], [60, 61, 64, 66], [10, 60, 64], [10, 11, 60, 60])
 
@@ -90,6 +98,8 @@ def make_model(
             targets = ("query", "value", "output.dense")
         settings = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets)
         attach(model, "clinical", settings, seed=0)
+    if trained in PROMPTS:
+        attach(model, "clinical", PROMPTS[trained], seed=0)
     if isinstance(model, Classifier):
         model.head.requires_grad_(True)
     return model
@@ -142,6 +152,8 @@ def make_objective(
         ("encoder", "lora", {"dropout": 0.1}),
         ("encoder", "full", {}),
         ("encoder", "full", {"checkpointing": True}),
+        *((kind, method, {}) for kind in ("language", "classifier") for method in PROMPTS),
+        *(("language", method, {"checkpointing": True}) for method in PROMPTS),
     ],
     ids=str,
 )
@@ -224,6 +236,12 @@ def test_pooling_early_saves_its_share_of_a_7b_classifier() -> None:
     head = 2 * 2 * (4 * 511) * 32_000 * 4096
     assert counted[0] / (counted[1] - head) - 1 == pytest.approx(-0.026, abs=5e-4)
     assert counted[0] / counted[1] - 1 == pytest.approx(-0.045, abs=5e-4)
+
+
+@pytest.mark.parametrize("method", PROMPTS)
+@pytest.mark.parametrize("kind", ["language", "classifier"])
+def test_operations_of_prompts(kind: str, method: str) -> None:
+    test_operations_are_what_torch_counts(kind, {}, method, False)
 
 
 def test_time_left_counts_validations_and_what_lies_between() -> None:
