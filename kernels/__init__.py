@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kernels import reference
+from kernels import reference, reference_int8
 from kernels.reference import (
     LinearOperands,
     LowRank,
@@ -25,7 +25,6 @@ from kernels.reference import (
     route,
     row_keys,
 )
-from kernels.reference_int8 import dequantise, quantise_rows
 
 # transformers probes for a package called `kernels` and parses its version.
 __version__ = "0.0.0"
@@ -41,6 +40,8 @@ __all__ = [
     "dropout",
     "force",
     "grouped_lora_linear",
+    "int8_linear",
+    "int8_linear_input_grad",
     "keep_mask",
     "linear_cross_entropy",
     "lora_linear",
@@ -148,9 +149,51 @@ def lora_linear(
 
     With their adapters (arXiv 2106.09685): one [M, N] tensor a layer.
     """
-    is_int8 = any(layer.scale is not None for layer in layers)
-    if _is_fused("lora_linear_int8" if is_int8 else "lora_linear", x):
+    operation = "lora_linear"
+    if any(layer.scale is not None for layer in layers):
+        is_int8_math = any(layer.is_int8_math for layer in layers)
+        operation = "lora_linear_int8_math" if is_int8_math else "lora_linear_int8"
+    if _is_fused(operation, x):
         from kernels import low_rank
 
         return low_rank.lora_linear(x, layers, dropout_keys)
     return reference.lora_linear(x, layers, dropout_keys)
+
+
+def dequantise(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """scale[:, None] * weight as floats: weight [N, K] int8, scale [N]."""
+    if dtype != torch.float64 and _is_fused("dequantise", weight):
+        from kernels import dequantised
+
+        return dequantised.dequantise(weight.contiguous(), scale.contiguous(), dtype)
+    return reference_int8.dequantise(weight, scale, dtype)
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, K] as int8 rows and their scales [M]: q = round(x / scale), scale = max |x| / 127."""
+    if _is_fused("quantise_rows", x):
+        from kernels import int8
+
+        if x.numel() > 0 and x.shape[1] <= int8.WIDEST:
+            return int8.quantise_rows(x)
+    return reference_int8.quantise_rows(x)
+
+
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """x W^T in int8 but for the largest columns: x [M, K], weight [N, K] int8, scale [N]."""
+    if _is_fused("int8_linear", x):
+        from kernels import int8
+
+        if x.numel() > 0 and x.shape[1] <= int8.WIDEST:
+            return int8.int8_linear(x, weight, scale)
+    return reference_int8.int8_linear(x, weight, scale)
+
+
+def int8_linear_input_grad(dy: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """dy W in int8 but for the largest columns: dy [M, N], weight [N, K] int8, scale [N]."""
+    if _is_fused("int8_linear_input_grad", dy):
+        from kernels import int8
+
+        if dy.numel() > 0 and dy.shape[1] <= int8.WIDEST:
+            return int8.int8_linear_input_grad(dy, weight, scale)
+    return reference_int8.int8_linear_input_grad(dy, weight, scale)

@@ -34,6 +34,7 @@ OPERATIONS = (
     "gated",
     "hashing",
     "head_loss",
+    "int8",
     "low_rank",
     "norm",
     "rotary",

@@ -15,7 +15,9 @@ Three routes lead to y once S is there:
   of W, kept while W lives, or nothing where W is written out for the product anyway (int8).
 - "started": a product in Triton whose accumulator begins with S (c B)^T: nothing is written twice.
 
-The gradient of x has the masks of dropout inside, so it goes by "accumulate" or "started".
+In int8 math there is one route: x is quantised once for the layers that read it, and S (c B)^T joins
+the product's epilogue (`kernels.int8`). The gradient of x has the masks of dropout inside, so it
+goes by "accumulate" or "started", and the int8 product of its gradient is added like the library's.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.weak import WeakIdKeyDictionary
 
-from kernels import dequantised, reference
+from kernels import dequantised, int8, reference
 from kernels.build import OPTIONS, Build
 from kernels.down_projection import (
     RANK_STEP,
@@ -44,11 +46,11 @@ from kernels.down_projection import (
 )
 from kernels.hashing import threshold
 from kernels.reference import LinearOperands, LowRank, kept_scale, low_word
-from kernels.reference_int8 import quantise_rows
+from kernels.reference_int8 import KEPT_COLUMNS, quantise_rows
 from kernels.timing import MODELS, ROWS, Case
 from kernels.up_projection import low_rank_sum, output_gradients, up_projection
 
-Route = Literal["accumulate", "augmented", "started"]
+Route = Literal["accumulate", "augmented", "started", "int8"]
 
 
 class _Update(NamedTuple):
@@ -244,6 +246,7 @@ class _LowRankLinear(torch.autograd.Function):
         s = x.new_empty(len(x), 0)
         if plan.updates:
             s = down_projection(x, a, plan.blocks(WIDEST_RESULT), keys, wide)
+        eights = int8.quantise(x, KEPT_COLUMNS) if route == "int8" else None
         outputs, stacked = [], []
         for i in range(num_layers):
             weight, scale, bias = tensors[3 * i : 3 * i + 3]
@@ -251,7 +254,10 @@ class _LowRankLinear(torch.autograd.Function):
             columns = slice(plan.bounds[i], plan.bounds[i + 1])
             b = _stacked_up(plan, ups, i, len(weight), x)
             stacked.append(b)
-            if columns.start == columns.stop:
+            if eights is not None:
+                update = (s[:, columns], b.T) if columns.start < columns.stop else None
+                y = int8.product(eights, weight.T, scale, update=update, bias=bias)
+            elif columns.start == columns.stop:
                 y = linear(x, _floating(weight, scale, x.dtype), bias)
             elif wide is not None:
                 y = linear(wide, _beside(weight, scale, b, columns, rank), bias)
@@ -305,8 +311,7 @@ class _LowRankLinear(torch.autograd.Function):
         dx = None
         if needs_x:
             pairs = zip(tensors[:first:3], tensors[1:first:3], strict=True)
-            weights = (_floating(weight, scale, x.dtype) for weight, scale in pairs)
-            dx = _gradient_of_x(ctx.route, plan, dys, weights, ds, a, keys)
+            dx = _gradient_of_x(ctx.route, plan, dys, pairs, ds, a, keys)
         return None, None, dx, None, *grads
 
 
@@ -314,7 +319,7 @@ def _gradient_of_x(
     route: Route,
     plan: _Plan,
     dys: Sequence[Tensor],
-    weights: Iterable[Tensor],
+    weights: Iterable[tuple[Tensor, Tensor | None]],
     ds: Tensor,
     a: Tensor,
     keys: Tensor | None,
@@ -323,7 +328,12 @@ def _gradient_of_x(
     dx: Any = None  # a tensor from the first term on
     if plan.updates and route != "started":
         dx = up_projection(ds, a, plan.blocks(WIDEST_OPERAND), keys)
-    for dy, w in zip(dys, weights, strict=True):
+    for dy, (weight, scale) in zip(dys, weights, strict=True):
+        if route == "int8":
+            eights = int8.quantise(dy, KEPT_COLUMNS, scale)
+            dx = int8.product(eights, int8.turned(weight), None, out=dx)
+            continue
+        w = _floating(weight, scale, dy.dtype)
         if plan.updates and route == "started":
             blocks = plan.blocks(RANK_STEP) if dx is None else ()
             dx = _product(dy, w, ds, a, blocks, keys, None, out=dx)
@@ -368,13 +378,17 @@ def lora_linear(
 ) -> tuple[Tensor, ...]:
     """`kernels.reference.lora_linear` for frozen weights; `route` as the module says.
 
-    A weight that trains, int8 math, an x without rows and products without adapters and int8
-    weights go to the reference.
+    A weight that trains, an x without rows, products without adapters and int8 weights, and int8
+    math in some layers alone or at widths that a program does not hold go to the reference.
     """
     trains = torch.is_grad_enabled() and any(layer.weight.requires_grad for layer in layers)
-    is_int8_math = any(layer.is_int8_math for layer in layers)
     is_plain = not any(layer.adapters or layer.scale is not None for layer in layers)
-    if trains or is_int8_math or is_plain or len(x) == 0:
+    if any(layer.is_int8_math for layer in layers):
+        widths = [x.shape[1], *(len(layer.weight) for layer in layers)]
+        is_all = all(layer.is_int8_math for layer in layers)
+        route = "int8" if is_all and max(widths) <= int8.WIDEST else None
+        is_plain |= route is None
+    if trains or is_plain or len(x) == 0:
         return reference.lora_linear(x, layers, dropout_keys)
     tensors: list[Tensor | None] = []
     for layer in layers:
@@ -450,7 +464,8 @@ def cases() -> list[Case]:
                 shape = f"{model} {name}, M={ROWS}, {'both passes' if backward else 'forward'}"
                 for operation, route in routes.items():
                     found.append(_case(operation, shape, width, outputs, route, backward, False))
-                found.append(_case("lora_linear_int8", shape, width, outputs, None, backward, True))
+                for operation in ("lora_linear_int8", "lora_linear_int8_math"):
+                    found.append(_case(operation, shape, width, outputs, None, backward, True))
     return found
 
 
@@ -490,7 +505,7 @@ def _case(
             weight, a, b, q, scale = tensors[5 * i : 5 * i + 5]
             adapters = (LowRank(a, b, 2.0, 0.05, i),)
             layers.append(
-                LinearOperands(q, None, adapters, scale)
+                LinearOperands(q, None, adapters, scale, operation == "lora_linear_int8_math")
                 if is_int8
                 else LinearOperands(weight, None, adapters)
             )

@@ -18,21 +18,28 @@ from torch import Tensor
 # Columns kept apart, of the activations forward and of their gradients backward. LLaMA-like models
 # have about half a dozen outlier channels a layer; a multiple of 16 costs tensor cores nothing.
 KEPT_COLUMNS = 32
+# The scale of a row of largest magnitude 1. A factor, because torch divides by a number on a GPU
+# with its reciprocal and on a CPU without, which is not the same bits.
+STEP = 1 / 127
+# The smallest normal float32: a row of less has no scale whose reciprocal is finite.
+TINY = 2.0**-126
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """q = round(x / scale) with scale = max |x| / 127 of each row, ties to even; zeros stay zeros.
+    """q = round(x * (1 / scale)), ties to even, with scale = max |x| / 127 of each row.
+
+    Bit by bit the same on every device: each step is one rounding of float32.
 
     Args:
         x: [M, K], floating.
 
     Returns:
-        q [M, K] int8 in -127 to 127, scale [M] float32 (1 for a row of zeros).
+        q [M, K] int8 in -127 to 127, scale [M] float32 (1 for a row of zeros or denormals).
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    scale = x.abs().amax(-1).to(wide).div_(127.0)
-    scale = torch.where(scale == 0, 1.0, scale).float()
-    q = x.to(wide) / scale.to(wide)[:, None]
+    scale = x.abs().amax(-1).to(wide).mul_(STEP)
+    scale = torch.where(scale < TINY, 1.0, scale).float()
+    q = x.to(wide) * scale.to(wide).reciprocal()[:, None]
     return q.round_().clamp_(-127.0, 127.0).to(torch.int8), scale
 
 
@@ -49,6 +56,8 @@ def dequantise(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def kept_columns(x: Tensor, count: int) -> Tensor:
     """The `count` columns of x [M, K] with the largest magnitude anywhere: [C] int64."""
     count = min(count, x.shape[1])
+    if len(x) == 0:  # an expert that no token chose
+        return torch.arange(count, device=x.device)
     return x.abs().amax(0).topk(count, sorted=False).indices
 
 

@@ -110,3 +110,9 @@ def test_float64_gradients_of_dequantised_math() -> None:
     x = normal(3, 7, seed=17).double().requires_grad_()
     layer = LinearOperands(w, None, (), scale)
     assert torch.autograd.gradcheck(lambda x: reference.lora_linear(x, [layer])[0], (x,))
+
+
+def test_rows_may_be_missing() -> None:
+    w, scale = quantise_rows(normal(5, 7, seed=18))
+    assert int8_linear(torch.zeros(0, 7), w, scale).shape == (0, 5)
+    assert int8_linear_input_grad(torch.zeros(0, 5), w, scale).shape == (0, 7)
