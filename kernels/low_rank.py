@@ -15,9 +15,11 @@ Three routes lead to y once S is there:
   of W, kept while W lives, or nothing where W is written out for the product anyway (int8).
 - "started": a product in Triton whose accumulator begins with S (c B)^T: nothing is written twice.
 
-In int8 math there is one route: x is quantised once for the layers that read it, and S (c B)^T joins
-the product's epilogue (`kernels.int8`). The gradient of x has the masks of dropout inside, so it
-goes by "accumulate" or "started", and the int8 product of its gradient is added like the library's.
+In int8 math there is one route, "int8": x is quantised once for the layers that read it, and
+S (c B)^T joins the product's epilogue (`kernels.int8`).
+
+The gradient of x has the masks of dropout inside, so it goes by "accumulate" or "started"; in int8
+math by "accumulate".
 """
 
 from collections.abc import Iterable, Mapping, Sequence
