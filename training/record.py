@@ -9,7 +9,7 @@ import importlib.metadata
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,7 @@ def make_record(
 
 def check_same_run(saved: Mapping[str, Any], record: Mapping[str, Any]) -> None:
     """Refuse to resume a run whose settings, notes, base or number of steps are others now."""
-    changed = [
-        f"{flag} was {before} and is {now}"
-        for flag, before, now in _differences(saved["config"], record["config"], "--")
-        if flag.removeprefix("--").replace("-", "_") not in _FREE_ON_RESUME
-    ]
+    changed = changed_settings(saved["config"], record["config"], free=_FREE_ON_RESUME)
     changed += [
         f"the content of the {name.replace('_', ' ')} is not what it was"
         for name, before in saved["fingerprints"].items()
@@ -78,6 +74,17 @@ def check_same_run(saved: Mapping[str, Any], record: Mapping[str, Any]) -> None:
             f"--resume: this is not the run that began: {'; '.join(changed)}; resume with what it "
             "began with, or start a new run in another folder"
         )
+
+
+def changed_settings(
+    saved: Mapping[str, Any], now: Mapping[str, Any], *, free: Set[str]
+) -> list[str]:
+    """The settings that differ between two configs of run.json, in words; `free` ones may."""
+    return [
+        f"{flag} was {before} and is {after}"
+        for flag, before, after in _differences(saved, now, "--")
+        if flag.removeprefix("--").replace("-", "_") not in free
+    ]
 
 
 def _differences(
