@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from evaluation.cells import finished_record, scores_of
 from evaluation.score import ScoreConfig
 from model.ending import CommandParser, exit_code
-from model.files import write_json
+from model.files import write_json, write_whole
 from training.command_line import read_command
 from training.config import RunConfig
 from training.run_folder import private_files
@@ -161,13 +161,15 @@ def _line(trial: Trial, trials: int) -> str:
 
 def _write_table(path: Path, trials: Sequence[Trial], choices: Choices) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    aside = path.with_suffix(".partial")
-    with open(aside, "w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(["trial", *choices, "validation", "kept_step", "same_as"])
-        for t in trials:
-            rows.writerow([t.number, *t.settings.values(), t.value, t.step, t.same_as])
-    aside.replace(path)
+
+    def write(aside: Path) -> None:
+        with open(aside, "w", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            rows.writerow(["trial", *choices, "validation", "kept_step", "same_as"])
+            for t in trials:
+                rows.writerow([t.number, *t.settings.values(), t.value, t.step, t.same_as])
+
+    write_whole(path, write)
 
 
 def _optuna() -> Any:
