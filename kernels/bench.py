@@ -240,7 +240,7 @@ def write_table() -> None:
     TABLE.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _where(device: torch.device) -> dict[str, str]:
+def where(device: torch.device) -> dict[str, str]:
     """What a figure depends on besides the code's shapes."""
     commit = subprocess.run(
         ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
@@ -279,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     ceilings = measure_ceilings(device, 256 if flags.smoke else 8192, flags.rounds)
-    where, failures = _where(device), 0
+    here, failures = where(device), 0
     for case in cases:
         if flags.smoke:
             changes = {"kernel": case.reference, "dtype": torch.float32}
@@ -291,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"bench: {error}", file=sys.stderr)
             failures += 1
             continue
-        row = {**where, **measure(case, device, ceilings, flags)}
+        row = {**here, **measure(case, device, ceilings, flags)}
         print(
             f"{case.operation:24} {case.shape:28} {row['kernel_ms']:9.3f} ms  "
             f"eager x{row['faster_than_eager']}  compiled x{row['faster_than_compiled']}",
