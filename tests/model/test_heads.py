@@ -13,7 +13,9 @@ from lora.config import LoraConfig
 from model.batch import Segments, TokenBatch
 from model.heads import IGNORE, CausalLM, SequenceClassifier, supervised_tokens
 from tests.model.oracle import (
+    CONFIGS,
     float64_twin,
+    fused,
     gradients,
     hugging_face_twin,
     make_causal_lm,
@@ -25,8 +27,10 @@ from tests.model.oracle import (
 LENGTHS = (3, 17, 1, 30)
 
 
-def make_classifier(num_labels: int, seed: int = 0) -> SequenceClassifier:
-    model = SequenceClassifier(make_config(), num_labels).double()
+def make_classifier(
+    num_labels: int, seed: int = 0, name: str = "grouped-query"
+) -> SequenceClassifier:
+    model = SequenceClassifier(CONFIGS[name], num_labels).double()
     randomise(model, seed)
     return model
 
@@ -95,9 +99,12 @@ def test_the_loss_makes_no_tensor_of_all_logits(monkeypatch: pytest.MonkeyPatch)
     assert max(sizes) == 64 * 4096 < 511 * 4096  # one chunk of logits; the weight is smaller
 
 
-@pytest.mark.parametrize("num_labels", [2, 5])
-def test_classifier_agrees_with_transformers(num_labels: int) -> None:
-    ours = make_classifier(num_labels)
+@pytest.mark.parametrize(
+    ("name", "num_labels"),
+    [("grouped-query", 2), ("grouped-query", 5), ("mistral-window", 2), ("mixtral-window", 3)],
+)
+def test_classifier_agrees_with_transformers(name: str, num_labels: int) -> None:
+    ours = make_classifier(num_labels, name=name)
     twin = float64_twin(ours)
     notes, batch = make_notes()
     classes = torch.tensor([0, 1, 1, num_labels - 1])
@@ -112,8 +119,9 @@ def test_classifier_agrees_with_transformers(num_labels: int) -> None:
     assert relative_error(loss.loss_sum, true_loss) < 1e-9
     loss.loss_sum.backward()
     true_loss.backward()
-    for name, gradient in gradients(twin).items():
-        assert relative_error(gradients(ours)[name], gradient) < 1e-9, name
+    found = fused(gradients(ours))
+    for parameter, gradient in gradients(twin).items():
+        assert relative_error(found[parameter], gradient) < 1e-9, parameter
 
 
 def test_classifier_agrees_with_a_padded_batch_of_transformers() -> None:
@@ -175,9 +183,12 @@ def test_classifier_packed_equals_one_by_one() -> None:
 
 @pytest.mark.parametrize("checkpoint_blocks", [False, True])
 @pytest.mark.parametrize("dropout_seed", [None, 5])
-def test_pooling_early_changes_no_number(checkpoint_blocks: bool, dropout_seed: int | None) -> None:
+@pytest.mark.parametrize("name", ["grouped-query", "mistral-window", "mixtral-window"])
+def test_pooling_early_changes_no_number(
+    name: str, checkpoint_blocks: bool, dropout_seed: int | None
+) -> None:
     """The last block for the last tokens alone, against all of its rows: logits and gradients."""
-    model = make_classifier(3)
+    model = make_classifier(3, name=name)
     settings = LoraConfig(r=3, lora_dropout=0.3, target_modules="all-linear")
     attach(model, "downstream", settings, seed=0)
     for parameter in adapter_parameters(model, "downstream"):
@@ -193,8 +204,8 @@ def test_pooling_early_changes_no_number(checkpoint_blocks: bool, dropout_seed: 
     for one, rows in ((model, pooled), (whole, hidden)):
         nn.functional.cross_entropy(one.score(rows), classes).backward()
     assert gradients(model).keys() == gradients(whole).keys()
-    for name, gradient in gradients(whole).items():
-        assert relative_error(gradients(model)[name], gradient) < 1e-12, name
+    for parameter, gradient in gradients(whole).items():
+        assert relative_error(gradients(model)[parameter], gradient) < 1e-12, parameter
 
 
 def test_pooling_early_saves_what_it_promises() -> None:
