@@ -79,14 +79,10 @@ REFUSED = {
     "layers of an LSTM that is none": (
         [
             *CLINICAL,
-            *[
-                "--adapter",
-                "p-tuning",
-                "--p-tuning.encoder",
-                "mlp",
-                "--p-tuning.encoder-layers",
-                "3",
-            ],
+            "--adapter",
+            "p-tuning",
+            "--p-tuning.encoder=mlp",
+            "--p-tuning.encoder-layers=3",
         ],
         "it is a setting of an LSTM, but --p-tuning.encoder is mlp",
     ),
