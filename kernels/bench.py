@@ -2,7 +2,7 @@
 
     python -m kernels.bench                       # all operations; needs a GPU
     python -m kernels.bench swiglu rms_norm       # some: a part of under ten minutes
-    python -m kernels.bench --table               # docs/kernels.md from the recorded rows
+    python -m kernels.bench --table               # docs/kernel-times.md from the recorded rows
 
 First the kernel's outputs and gradients are compared with the reference's, then the sides take
 turns; a time is the median over the rounds, with the cache emptied before each. Ceilings (copy
@@ -34,7 +34,7 @@ from kernels.timing import Case, Operation
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "kernels.csv"
-TABLE = ROOT / "docs" / "kernels.md"
+TABLE = ROOT / "docs" / "kernel-times.md"
 ROUNDS, WARM_UP = 30, 5
 _CACHE_BYTES = 256 << 20  # more than any GPU's L2
 
@@ -220,7 +220,7 @@ def append(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_table() -> None:
-    """docs/kernels.md: the newest row of every operation, shape and device."""
+    """docs/kernel-times.md: the newest row of every operation, shape and device."""
     with open(RESULTS, newline="", encoding="utf-8") as file:
         newest = {(r["operation"], r["shape"], r["device"]): r for r in csv.DictReader(file)}
     head = [
@@ -260,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("operations", nargs="*", metavar="OP", help="default: all")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--smoke", action="store_true", help="few rows, references only, on a CPU")
-    parser.add_argument("--table", action="store_true", help="write docs/kernels.md and stop")
+    parser.add_argument("--table", action="store_true", help="write docs/kernel-times.md and stop")
     flags = parser.parse_args(arguments)
     if flags.table:
         write_table()
