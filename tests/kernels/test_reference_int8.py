@@ -1,6 +1,5 @@
 """Eight-bit weights on the reference path: exact integers, bounded errors, outliers kept."""
 
-import bitsandbytes.functional
 import pytest
 import torch
 from torch import Tensor
@@ -32,6 +31,8 @@ def with_outliers(x: Tensor, seed: int = 7) -> Tensor:
 
 
 def test_quantisation_is_that_of_bitsandbytes() -> None:
+    import bitsandbytes.functional  # here, so that the other tests need nothing besides torch
+
     x = normal(33, 257, seed=0).half()
     theirs, absmax, _ = bitsandbytes.functional.int8_vectorwise_quant(x)
     ours, scale = quantise_rows(x)
