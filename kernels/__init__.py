@@ -15,6 +15,8 @@ from torch import Tensor
 
 from kernels import reference, reference_int8
 from kernels.reference import (
+    AdamWStep,
+    EightBitStates,
     LinearOperands,
     LowRank,
     Routing,
@@ -30,9 +32,12 @@ from kernels.reference import (
 __version__ = "0.0.0"
 
 __all__ = [
+    "AdamWStep",
+    "EightBitStates",
     "LinearOperands",
     "LowRank",
     "Routing",
+    "adamw_eight_bit",
     "add_rms_norm",
     "combine",
     "dequantise",
@@ -84,6 +89,22 @@ def _is_fused(operation: str, x: Tensor) -> bool:
         return False
     major, minor = torch.cuda.get_device_capability(x.device)
     return 10 * major + minor in RECORDED_WINS.get(operation, ())
+
+
+def adamw_eight_bit(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    states: Sequence[EightBitStates],
+    decays: Sequence[float],
+    numbers: AdamWStep,
+) -> None:
+    """One AdamW update of float32 parameters in place, states held in eight bits (2110.02861)."""
+    if parameters and _is_fused("adamw_eight_bit", parameters[0]):
+        from kernels import adamw
+
+        if all(x.is_contiguous() for x in (*parameters, *gradients)):
+            return adamw.adamw_eight_bit(parameters, gradients, states, decays, numbers)
+    return reference.adamw_eight_bit(parameters, gradients, states, decays, numbers)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

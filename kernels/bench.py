@@ -91,8 +91,11 @@ def check(case: Case, device: torch.device, shrink: int) -> None:
 
     def numbers(operation: Operation, dtype: torch.dtype) -> list[Tensor]:
         inputs = [
-            a.detach().to(dtype).requires_grad_(a.requires_grad)
-            if isinstance(a, Tensor) and a.is_floating_point()
+            # A copy, for an operation may work in place.
+            a.detach()
+            .to(dtype if a.is_floating_point() else a.dtype, copy=True)
+            .requires_grad_(a.requires_grad)
+            if isinstance(a, Tensor)
             else a
             for a in arguments
         ]

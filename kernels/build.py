@@ -29,6 +29,7 @@ from triton.compiler import ASTSource
 CAPABILITIES = (80, 90, 100)
 # Files with kernels; each has a function `builds`.
 OPERATIONS = (
+    "adamw",
     "dequantised",
     "down_projection",
     "gated",

@@ -12,6 +12,7 @@ Parameters are cast to the activations' dtype where they are used. That is the w
 precision here: activations carry the compute dtype and parameters may be float32 masters.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -664,3 +665,123 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         A scalar, float32 or wider.
     """
     return _LinearCrossEntropy.apply(x, weight, targets)
+
+
+# --- AdamW with eight-bit states ----------------------------------------------------------------
+
+# Elements that share one scale.
+STATE_BLOCK = 256
+
+
+@functools.cache
+def dynamic_code(*, is_signed: bool, device: torch.device) -> Tensor:
+    """The 256 values of the dynamic code, ascending, float32 (Dettmers, arXiv 1511.04561).
+
+    Seven decades up to 1; from one to the next the number of equal steps in it doubles, so what is
+    large beside the block's largest value is held to 0.4%. A value is the middle of its step. Zero
+    and 1 are values too; without a sign each decade has twice the steps.
+    """
+    values = [0.0, 1.0]
+    for decade in range(7):
+        steps = 2**decade * (1 if is_signed else 2)
+        middles = [10.0 ** (decade - 6) * (0.1 + 0.9 * (i + 0.5) / steps) for i in range(steps)]
+        values += middles
+        if is_signed:
+            values += [-middle for middle in middles]
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+
+
+def quantise_state(x: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest code of each element over its block's largest magnitude, and those magnitudes.
+
+    Under a code without sign, what is not zero never becomes zero: the mean beside it would be
+    divided by eps alone.
+
+    Args:
+        x: [n] float32, not negative where the code has no sign.
+        code: [256] from `dynamic_code`.
+
+    Returns:
+        [n] uint8 and [n / 256, rounded up] float32.
+    """
+    short = -len(x) % STATE_BLOCK
+    blocks = torch.nn.functional.pad(x, (0, short)).view(-1, STATE_BLOCK)
+    largest = blocks.abs().amax(1)
+    scaled = blocks * (1.0 / largest.clamp(min=1e-38))[:, None]
+    bounds = (code[:-1] + code[1:]) / 2
+    codes = torch.bucketize(scaled, bounds, out_int32=True)
+    if code[0] == 0:
+        codes.clamp_(min=1).mul_(scaled > 0)
+    return codes.to(torch.uint8).view(-1)[: len(x)], largest
+
+
+def dequantise_state(codes: Tensor, largest: Tensor, code: Tensor) -> Tensor:
+    """The [n] float32 that `quantise_state` rounded."""
+    values = code[codes.int()]
+    return values * largest.repeat_interleave(STATE_BLOCK)[: len(codes)]
+
+
+class EightBitStates(NamedTuple):
+    """AdamW's running means of one parameter of n elements, n / 256 (rounded up) blocks."""
+
+    mean: Tensor  # [n] uint8: of the gradient, in the signed code
+    mean_scale: Tensor  # [blocks] float32
+    root: Tensor  # [n] uint8: the root of the squared gradient's, in the code without sign
+    root_scale: Tensor  # [blocks] float32
+
+
+class AdamWStep(NamedTuple):
+    """The numbers of one update (Loshchilov and Hutter, arXiv 1711.05101)."""
+
+    step: int  # 1 for the first
+    rate: float
+    beta1: float
+    beta2: float
+    eps: float
+
+    @property
+    def mean_correction(self) -> float:
+        return 1 - self.beta1**self.step
+
+    @property
+    def root_correction(self) -> float:
+        return (1 - self.beta2**self.step) ** 0.5
+
+
+def adamw_eight_bit(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    states: Sequence[EightBitStates],
+    decays: Sequence[float],
+    numbers: AdamWStep,
+) -> None:
+    """One AdamW update of float32 parameters in place; its states are eight-bit between updates.
+
+    m = beta1 m + (1 - beta1) g; v = beta2 v + (1 - beta2) g^2; then, of these before rounding,
+    p = p (1 - rate decay) - rate (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps).
+
+    States are block-wise in the dynamic code (Dettmers et al., arXiv 2110.02861), but what is held
+    of v is its root. The code spans seven decades. Gradients of one block that differ by more than
+    three and a half would leave them as squares, and the smaller ones' steps would run away.
+
+    Args:
+        parameters, gradients: float32, of n elements each.
+        decays: the weight decay of each parameter.
+    """
+    for parameter, gradient, state, decay in zip(
+        parameters, gradients, states, decays, strict=True
+    ):
+        signed = dynamic_code(is_signed=True, device=parameter.device)
+        unsigned = dynamic_code(is_signed=False, device=parameter.device)
+        g = gradient.reshape(-1).float()
+        m = dequantise_state(state.mean, state.mean_scale, signed)
+        m.mul_(numbers.beta1).add_(g, alpha=1 - numbers.beta1)
+        v = dequantise_state(state.root, state.root_scale, unsigned).square_()
+        root = v.mul_(numbers.beta2).addcmul_(g, g, value=1 - numbers.beta2).sqrt_()
+        step = m / (root / numbers.root_correction).add_(numbers.eps)
+        parameter.mul_(1 - numbers.rate * decay)
+        parameter.add_(step.view_as(parameter), alpha=-numbers.rate / numbers.mean_correction)
+        for old, new in zip(
+            state, (*quantise_state(m, signed), *quantise_state(root, unsigned)), strict=True
+        ):
+            old.copy_(new)
