@@ -22,7 +22,6 @@ from kernels.reference import (
     Routing,
     combine,
     dispatch,
-    grouped_lora_linear,
     keep_mask,
     route,
     row_keys,
@@ -179,6 +178,21 @@ def lora_linear(
 
         return low_rank.lora_linear(x, layers, dropout_keys)
     return reference.lora_linear(x, layers, dropout_keys)
+
+
+def grouped_lora_linear(
+    x: Tensor,
+    experts: Sequence[Sequence[LinearOperands]],
+    offsets: Tensor,
+    dropout_keys: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """`lora_linear` of each expert on its own rows of x [M, K], offsets[e] to offsets[e + 1]."""
+    is_int8 = any(layer.scale is not None for layers in experts for layer in layers)
+    if _is_fused("grouped_lora_linear_int8" if is_int8 else "grouped_lora_linear", x):
+        from kernels import experts as grouped
+
+        return grouped.grouped_lora_linear(x, experts, offsets, dropout_keys)
+    return reference.grouped_lora_linear(x, experts, offsets, dropout_keys)
 
 
 def dequantise(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

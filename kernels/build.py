@@ -32,6 +32,7 @@ OPERATIONS = (
     "adamw",
     "dequantised",
     "down_projection",
+    "experts",
     "gated",
     "hashing",
     "head_loss",

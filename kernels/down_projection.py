@@ -113,19 +113,16 @@ def drops(blocks: tuple[Block, ...]) -> bool:
 
 
 @triton.jit
-def _down_projection(
-    x, a, keys, blocks, s, copy, M, K, x_row, s_row, num_blocks,
+def down_tile(
+    x, a, keys, block, s, copy, first, stop, copied_stop, K, x_row, s_row,
     DROPS: tl.constexpr, COPIES: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    # Programs of one tile of x stand side by side: all but the first find it in the L2 cache.
-    program = tl.program_id(0)
-    block = blocks + (program % num_blocks) * 4
+    """One block's columns of S for the rows from `first` on, before `stop`."""
     start, width = tl.load(block), tl.load(block + 1)
-    first = (program // num_blocks) * BM
     local = tl.arange(0, BM)
     rows = first + local
-    inside_rows = rows[:, None] < M
+    inside_rows = rows[:, None] < stop
     columns, ranks = tl.arange(0, BK), tl.arange(0, BR)
     wanted = ranks[None, :] < width
     # Where a tile begins is a 64-bit number, what lies within it takes 32: half the registers.
@@ -134,16 +131,15 @@ def _down_projection(
     s_tile = s + first.to(tl.int64) * s_row + local[:, None] * s_row
     if COPIES:
         copied = copy + first.to(tl.int64) * s_row + (local[:, None] * s_row + columns[None, :])
-        copied_rows = tl.where(program % num_blocks == 0, M, 0)
     if DROPS:
         site, threshold = tl.load(block + 2), tl.load(block + 3)
-        hashed = row_hash(tl.load(keys + rows, rows < M, other=0)[:, None], site)
+        hashed = row_hash(tl.load(keys + rows, rows < stop, other=0)[:, None], site)
     acc = tl.zeros([BM, BR], tl.float32)
     for k in range(0, K, BK):
         inside = columns < K - k
         value = tl.load(x_tile, inside_rows & inside[None, :], other=0.0)
         if COPIES:
-            tl.store(copied, value, (rows[:, None] < copied_rows) & inside[None, :])
+            tl.store(copied, value, (rows[:, None] < copied_stop) & inside[None, :])
             copied += BK
         if DROPS:
             pairs = k // 2 + tl.arange(0, BK // 2)[None, :]
@@ -154,6 +150,22 @@ def _down_projection(
         x_tile += BK
         a_tile += BK
     tl.store(s_tile + (start + ranks)[None, :], acc.to(s.dtype.element_ty), inside_rows & wanted)
+
+
+@triton.jit
+def _down_projection(
+    x, a, keys, blocks, s, copy, M, K, x_row, s_row, num_blocks,
+    DROPS: tl.constexpr, COPIES: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    # Programs of one tile of x stand side by side: all but the first find it in the L2 cache.
+    program = tl.program_id(0)
+    block = blocks + (program % num_blocks) * 4
+    copied_stop = tl.where(program % num_blocks == 0, M, 0)
+    down_tile(
+        x, a, keys, block, s, copy, (program // num_blocks) * BM, M, copied_stop, K, x_row, s_row,
+        DROPS, COPIES, BM, BK, BR,
+    )  # fmt: skip
 
 
 def down_projection(
@@ -190,6 +202,39 @@ def down_projection(
 
 
 @triton.jit
+def gradient_tile(
+    x, ds, keys, block, out, tile, first, stop, K, x_row, ds_row,
+    DROPS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """One block's ranks of dS^T dropout(x), in float32: BK columns, the rows first to stop."""
+    start, width = tl.load(block), tl.load(block + 1)
+    columns, ranks = tile * BK + tl.arange(0, BK), tl.arange(0, BR)
+    inside_columns, wanted = columns < K, ranks[None, :] < width
+    if DROPS:
+        site, threshold = tl.load(block + 2), tl.load(block + 3)
+        pairs = tile * (BK // 2) + tl.arange(0, BK // 2)[None, :]
+    da = tl.zeros([BK, BR], tl.float32)
+    local = tl.arange(0, BM)
+    x_tile = x + first.to(tl.int64) * x_row
+    x_tile += local[:, None] * x_row + columns[None, :]
+    ds_tile = ds + first.to(tl.int64) * ds_row
+    ds_tile += local[:, None] * ds_row + (start + ranks)[None, :]
+    for m in range(first, stop, BM):
+        rows = m + local
+        inside = rows[:, None] < stop
+        value = tl.load(x_tile, inside & inside_columns[None, :], other=0.0)
+        if DROPS:
+            hashed = row_hash(tl.load(keys + rows, rows < stop, other=0)[:, None], site)
+            value = tl.where(keep_tile(hashed, pairs, site, threshold), value, 0.0)
+        low = tl.load(ds_tile, inside & wanted, other=0.0)
+        da = tl.dot(tl.trans(value), low, da, input_precision="ieee")
+        x_tile += BM * x_row
+        ds_tile += BM * ds_row
+    place = out + start.to(tl.int64) * K
+    tl.store(place + (ranks[None, :] * K + columns[:, None]), da, inside_columns[:, None] & wanted)
+
+
+@triton.jit
 def _input_gradient(
     x, ds, keys, blocks, parts, M, K, R, chunk, x_row, ds_row, num_blocks,
     DROPS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
@@ -199,31 +244,11 @@ def _input_gradient(
     program //= num_blocks
     tiles = tl.cdiv(K, BK)
     tile, part = program % tiles, program // tiles
-    start, width = tl.load(block), tl.load(block + 1)
-    columns, ranks = tile * BK + tl.arange(0, BK), tl.arange(0, BR)
-    inside_columns, wanted = columns < K, ranks[None, :] < width
-    if DROPS:
-        site, threshold = tl.load(block + 2), tl.load(block + 3)
-        pairs = tile * (BK // 2) + tl.arange(0, BK // 2)[None, :]
-    da = tl.zeros([BK, BR], tl.float32)
-    local = tl.arange(0, BM)
-    x_tile = x + (part * chunk).to(tl.int64) * x_row
-    x_tile += local[:, None] * x_row + columns[None, :]
-    ds_tile = ds + (part * chunk).to(tl.int64) * ds_row
-    ds_tile += local[:, None] * ds_row + (start + ranks)[None, :]
-    for m in range(part * chunk, tl.minimum((part + 1) * chunk, M), BM):
-        rows = m + local
-        inside = rows[:, None] < M
-        value = tl.load(x_tile, inside & inside_columns[None, :], other=0.0)
-        if DROPS:
-            hashed = row_hash(tl.load(keys + rows, rows < M, other=0)[:, None], site)
-            value = tl.where(keep_tile(hashed, pairs, site, threshold), value, 0.0)
-        low = tl.load(ds_tile, inside & wanted, other=0.0)
-        da = tl.dot(tl.trans(value), low, da, input_precision="ieee")
-        x_tile += BM * x_row
-        ds_tile += BM * ds_row
-    place = parts + (part.to(tl.int64) * R + start) * K
-    tl.store(place + (ranks[None, :] * K + columns[:, None]), da, inside_columns[:, None] & wanted)
+    stop = tl.minimum((part + 1) * chunk, M)
+    gradient_tile(
+        x, ds, keys, block, parts + part.to(tl.int64) * R * K, tile, part * chunk, stop, K, x_row,
+        ds_row, DROPS, BM, BK, BR,
+    )  # fmt: skip
 
 
 def input_gradient(x: Tensor, ds: Tensor, blocks: tuple[Block, ...], keys: Tensor | None) -> Tensor:
@@ -308,7 +333,7 @@ def build_of(
     sizes: Sequence[str],
     constants: Mapping[str, Any],
 ) -> Build:
-    """One launch; its sizes are multiples of 16, but for the count of blocks."""
+    """One launch; its sizes are multiples of 16, but for counts of blocks, experts and tiles."""
     return Build(
         kernel=kernel,
         signature={**pointers, **dict.fromkeys(sizes, "i32")},
@@ -316,7 +341,7 @@ def build_of(
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         tensor_core="bf16",
-        divisible=tuple(size for size in sizes if size != "num_blocks"),
+        divisible=tuple(size for size in sizes if size not in ("num_blocks", "E", "row_tiles")),
     )
 
 

@@ -45,7 +45,7 @@ _PRODUCT: Mapping[int, tuple[Tiles, ...]] = {
     100: (Tiles(128, 256, 128, 8, 3), Tiles(128, 128, 128, 8, 4)),
 }
 # Rows of tiles that neighbouring programs share, so that the L2 cache holds their weights.
-_GROUP = 8
+GROUP_ROWS = 8
 # Kept columns and ranks that the epilogue multiplies at once.
 _NARROW = 32
 # A row that is quantised lies in one program's registers, and so do all columns' magnitudes.
@@ -220,6 +220,16 @@ def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @triton.jit
+def tile_of(program, row_tiles, N, BN: tl.constexpr, GROUP: tl.constexpr):
+    """Which tile of rows and which of columns: `GROUP` tiles of rows share each weight's tile."""
+    across = tl.cdiv(N, BN)
+    first = program // (GROUP * across) * GROUP
+    group = tl.minimum(row_tiles - first, GROUP)
+    within = program % (GROUP * across)
+    return first + within % group, within // group
+
+
+@triton.jit
 def _int8_product(
     q, q_scale, w, w_scale, kept, columns, t, u, bias, out,
     M, N, K, C, R, w_depth, w_column, t_row, u_rank, u_column, out_row,
@@ -227,11 +237,8 @@ def _int8_product(
     ADDS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    program, across = tl.program_id(0), tl.cdiv(N, BN)
-    first = program // (GROUP * across) * GROUP
-    group = tl.minimum(tl.cdiv(M, BM) - first, GROUP)
-    within = program % (GROUP * across)
-    row, column = (first + within % group) * BM, within // group * BN
+    row, column = tile_of(tl.program_id(0), tl.cdiv(M, BM), N, BN, GROUP)
+    row, column = row * BM, column * BN
     local_rows, local_columns = tl.arange(0, BM), tl.arange(0, BN)
     rows, columns_out = row + local_rows, column + local_columns
     inside_rows, inside_columns = rows[:, None] < M, columns_out[None, :] < N
@@ -313,7 +320,7 @@ def product(
         weight.stride(0), weight.stride(1), t.stride(0), u.stride(0), u.stride(1), out.stride(0),
         SCALED=scale is not None, KEEPS=len(x.columns) > 0, UPDATES=update is not None,
         BIAS=bias is not None, ADDS=adds,
-        BM=tiles.rows, BN=tiles.columns, BK=tiles.depth, BR=_NARROW, GROUP=_GROUP,
+        BM=tiles.rows, BN=tiles.columns, BK=tiles.depth, BR=_NARROW, GROUP=GROUP_ROWS,
         num_warps=tiles.warps, num_stages=tiles.stages, **OPTIONS,
     )  # fmt: skip
     return out
@@ -411,7 +418,7 @@ def _product_build(tiles: Tiles, one: str, *, is_scaled: bool) -> Build:
         constants={
             "SCALED": is_scaled, "KEEPS": True, "UPDATES": True, "BIAS": False, "ADDS": False,
             "BM": tiles.rows, "BN": tiles.columns, "BK": tiles.depth, "BR": _NARROW,
-            "GROUP": _GROUP, "bias": None, **({} if is_scaled else {"w_scale": None}),
+            "GROUP": GROUP_ROWS, "bias": None, **({} if is_scaled else {"w_scale": None}),
             **dict.fromkeys(sorted(ones), 1),
         },
         num_warps=tiles.warps,

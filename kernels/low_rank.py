@@ -47,6 +47,7 @@ from kernels.down_projection import (
     table,
 )
 from kernels.hashing import threshold
+from kernels.int8 import GROUP_ROWS, tile_of
 from kernels.reference import LinearOperands, LowRank, kept_scale, low_word
 from kernels.reference_int8 import KEPT_COLUMNS, quantise_rows
 from kernels.timing import MODELS, ROWS, Case
@@ -68,7 +69,7 @@ class _Update(NamedTuple):
         return slice(self.block.start, self.block.start + self.rank)
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """How the updates of a group lie in S: by layer, each padded to `RANK_STEP`."""
 
     bounds: tuple[int, ...]  # layer i has columns bounds[i] to bounds[i + 1]
@@ -86,7 +87,7 @@ class _Plan(NamedTuple):
         return merged([Block(0, width, 0, -(2**15))], widest)
 
 
-def _plan(layers: Sequence[LinearOperands], is_training: bool) -> _Plan:
+def plan_of(layers: Sequence[LinearOperands], is_training: bool) -> Plan:
     bounds, updates = [0], []
     start = 0
     for i, layer in enumerate(layers):
@@ -100,7 +101,7 @@ def _plan(layers: Sequence[LinearOperands], is_training: bool) -> _Plan:
             updates.append(_Update(i, rank, adapter.scaling * kept_scale(p), block))
             start += width
         bounds.append(start)
-    return _Plan(tuple(bounds), tuple(updates))
+    return Plan(tuple(bounds), tuple(updates))
 
 
 # --- a product whose accumulator begins with the update -----------------------------------------
@@ -114,16 +115,14 @@ class _Tiles(NamedTuple):
     stages: int
 
 
-# Rows of tiles that neighbouring programs share, so that the L2 cache holds their weights.
-_GROUP = 8
 # The first is what runs; the others are compiled beside it.
-_STARTED: Mapping[int, list[_Tiles]] = {
+STARTED: Mapping[int, list[_Tiles]] = {
     80: [_Tiles(128, 128, 64, 8, 3), _Tiles(128, 128, 32, 8, 4)],
     90: [_Tiles(128, 256, 64, 8, 4), _Tiles(256, 128, 64, 8, 3)],
     100: [_Tiles(128, 256, 64, 8, 4), _Tiles(128, 128, 64, 4, 4)],
 }
 # Masks are hashed in the accumulator's layout, so beside a wide one registers would run out.
-_STARTED_MASKED: Mapping[int, list[_Tiles]] = {
+STARTED_MASKED: Mapping[int, list[_Tiles]] = {
     80: [_Tiles(128, 128, 64, 8, 3), _Tiles(128, 64, 64, 4, 3)],
     90: [_Tiles(128, 128, 64, 8, 4), _Tiles(64, 256, 64, 8, 3)],
     100: [_Tiles(128, 128, 64, 8, 4), _Tiles(128, 128, 64, 8, 3)],
@@ -131,17 +130,13 @@ _STARTED_MASKED: Mapping[int, list[_Tiles]] = {
 
 
 @triton.jit
-def _started_product(
-    x, w, t, u, keys, blocks, bias, out, M, N, K, x_row, w_depth, w_column, t_row, u_rank, u_column,
-    out_row, num_blocks,
+def started_tile(
+    x, w, t, u, keys, blocks, bias, out, row, column, M, N, K, x_row, w_depth, w_column, t_row,
+    u_rank, u_column, out_row, num_blocks,
     ADDS: tl.constexpr, UPDATES: tl.constexpr, DROPS: tl.constexpr, BIAS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    program, across = tl.program_id(0), tl.cdiv(N, BN)
-    first = program // (GROUP * across) * GROUP
-    group = tl.minimum(tl.cdiv(M, BM) - first, GROUP)
-    within = program % (GROUP * across)
-    row, column = (first + within % group) * BM, within // group * BN
+    """One tile, from `row` and `column` on, of x w + the sum of mask * (t u) + bias (+ out)."""
     local, columns = tl.arange(0, BM), column + tl.arange(0, BN)
     inside_rows, inside_columns = row + local[:, None] < M, columns[None, :] < N
     place = out + row.to(tl.int64) * out_row + (local[:, None] * out_row + columns[None, :])
@@ -170,6 +165,21 @@ def _started_product(
     tl.store(place, acc.to(out.dtype.element_ty), inside_rows & inside_columns)
 
 
+@triton.jit
+def _started_product(
+    x, w, t, u, keys, blocks, bias, out, M, N, K, x_row, w_depth, w_column, t_row, u_rank, u_column,
+    out_row, num_blocks,
+    ADDS: tl.constexpr, UPDATES: tl.constexpr, DROPS: tl.constexpr, BIAS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    row, column = tile_of(tl.program_id(0), tl.cdiv(M, BM), N, BN, GROUP)
+    started_tile(
+        x, w, t, u, keys, blocks, bias, out, row * BM, column * BN, M, N, K, x_row, w_depth,
+        w_column, t_row, u_rank, u_column, out_row, num_blocks,
+        ADDS, UPDATES, DROPS, BIAS, BM, BN, BK, BR,
+    )  # fmt: skip
+
+
 def _product(
     x: Tensor,
     w: Tensor,
@@ -188,14 +198,14 @@ def _product(
     adds = out is not None
     out = x.new_empty(rows, width) if out is None else out
     masks = keys is not None and drops(blocks)
-    tiles = (_STARTED_MASKED if masks else _STARTED)[capability_of(x)][0]
+    tiles = (STARTED_MASKED if masks else STARTED)[capability_of(x)][0]
     grid = (triton.cdiv(rows, tiles.rows) * triton.cdiv(width, tiles.columns),)
     _started_product[grid](
         x, w, t, u, keys, table(blocks, x.device), bias, out,
         rows, width, depth, x.stride(0), w.stride(0), w.stride(1), t.stride(0), u.stride(0),
         u.stride(1), out.stride(0), len(blocks),
         ADDS=adds, UPDATES=bool(blocks), DROPS=masks, BIAS=bias is not None,
-        BM=tiles.rows, BN=tiles.columns, BK=tiles.depth, BR=RANK_STEP, GROUP=_GROUP,
+        BM=tiles.rows, BN=tiles.columns, BK=tiles.depth, BR=RANK_STEP, GROUP=GROUP_ROWS,
         num_warps=tiles.warps, num_stages=tiles.stages, **OPTIONS,
     )  # fmt: skip
     return out
@@ -239,7 +249,7 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, plan: _Plan, route: Route, x: Tensor, keys: Any, *tensors: Any
+        ctx: Any, plan: Plan, route: Route, x: Tensor, keys: Any, *tensors: Any
     ) -> tuple[Tensor, ...]:
         num_layers, rank, width = len(plan.bounds) - 1, plan.bounds[-1], x.shape[1]
         downs, ups = tensors[3 * num_layers :: 2], tensors[3 * num_layers + 1 :: 2]
@@ -319,7 +329,7 @@ class _LowRankLinear(torch.autograd.Function):
 
 def _gradient_of_x(
     route: Route,
-    plan: _Plan,
+    plan: Plan,
     dys: Sequence[Tensor],
     weights: Iterable[tuple[Tensor, Tensor | None]],
     ds: Tensor,
@@ -344,7 +354,7 @@ def _gradient_of_x(
     return dx
 
 
-def _stacked_down(plan: _Plan, matrices: Sequence[Tensor], like: Tensor) -> Tensor:
+def _stacked_down(plan: Plan, matrices: Sequence[Tensor], like: Tensor) -> Tensor:
     """All A in one [R, K], rows of 0 where ranks are padded."""
     a = like.new_empty(plan.bounds[-1], like.shape[1])
     for update, matrix in zip(plan.updates, matrices, strict=True):
@@ -354,7 +364,7 @@ def _stacked_down(plan: _Plan, matrices: Sequence[Tensor], like: Tensor) -> Tens
 
 
 def _stacked_up(
-    plan: _Plan, matrices: Sequence[Tensor], layer: int, width: int, like: Tensor
+    plan: Plan, matrices: Sequence[Tensor], layer: int, width: int, like: Tensor
 ) -> Tensor:
     """All c B of one layer in one [N, R of the layer], columns of 0 where ranks are padded."""
     start = plan.bounds[layer]
@@ -399,7 +409,7 @@ def lora_linear(
         for adapter in layer.adapters:
             tensors += (adapter.A, adapter.B)
     keys = None if dropout_keys is None else dropout_keys.contiguous()
-    plan = _plan(layers, keys is not None)
+    plan = plan_of(layers, keys is not None)
     return _LowRankLinear.apply(plan, route or _best(layers), _rows(x), keys, *tensors)
 
 
@@ -418,8 +428,8 @@ def _best(layers: Sequence[LinearOperands]) -> Route:
 def builds(capability: int) -> list[Build]:
     """The started product forward, and as the gradient of x with masks."""
     return [
-        *(_started_build(tiles, False) for tiles in _STARTED[capability]),
-        *(_started_build(tiles, True) for tiles in _STARTED_MASKED[capability]),
+        *(_started_build(tiles, False) for tiles in STARTED[capability]),
+        *(_started_build(tiles, True) for tiles in STARTED_MASKED[capability]),
     ]
 
 
@@ -436,7 +446,7 @@ def _started_build(tiles: _Tiles, is_backward: bool) -> Build:
         constants={
             "ADDS": False, "UPDATES": True, "DROPS": is_backward, "BIAS": False,
             "BM": tiles.rows, "BN": tiles.columns, "BK": tiles.depth, "BR": RANK_STEP,
-            "GROUP": _GROUP, "bias": None, **({} if is_backward else {"keys": None}),
+            "GROUP": GROUP_ROWS, "bias": None, **({} if is_backward else {"keys": None}),
             **dict.fromkeys(ones, 1),
         },
         num_warps=tiles.warps,
