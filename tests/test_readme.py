@@ -20,7 +20,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs
 def commands(text: str) -> Iterator[str]:
     """Every line of the shell blocks of a document, without its comment."""
     for block in re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        for line in block.splitlines():
+        for line in re.sub(r"\\\n\s*", "", block).splitlines():
             yield shlex.join(shlex.split(line, comments=True))
 
 
@@ -34,13 +34,20 @@ def check(command: str) -> None:
         eval.read_command(words[2:])
     elif words[:2] == ["python", "-m"]:
         # These commands parse as they run: here each must exist and have the flags.
-        module = ROOT / f"{words[2].replace('.', '/')}.py"
-        flags = {word for word in words[3:] if word.startswith("--")}
-        assert flags <= set(re.findall(r"--[a-z-]+", module.read_text(encoding="utf-8")))
+        own, _, shared = command.partition(" -- ")  # what follows are flags of train.py
+        if shared:
+            read_command(shlex.split(shared))
+        flags = {word for word in shlex.split(own)[3:] if word.startswith("--")}
+        assert flags <= flags_of_module(words[2])
     elif words[:2] == ["bash", "make.sh"]:
         assert re.search(rf"^    {re.escape(words[2])}\)$", MAKE, re.MULTILINE)
     else:
         assert words == ["source", ".venv/bin/activate"]
+
+
+def flags_of_module(name: str) -> set[str]:
+    module = ROOT / f"{name.replace('.', '/')}.py"
+    return set(re.findall(r"--[a-z-]+", module.read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize("command", [line for line in commands(README) if line])
@@ -62,8 +69,10 @@ def test_the_readme_names_the_commands_that_do_everything() -> None:
 
 
 def test_flags_in_the_readme_exist() -> None:
-    # Of make.sh, of torchrun, of data.preview, and the word for "any flag".
+    # Of torchrun, of data.preview, the word for "any flag", and of the other commands.
     elsewhere = {"--nproc-per-node", "--help", "--show-text"}
+    for module in re.findall(r"python -m ([\w.]+)", README):
+        elsewhere |= flags_of_module(module)
     known = {*flag_types(TrainFlags), *flag_types(ScoreConfig), *elsewhere}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", README)) <= known
 
