@@ -116,6 +116,10 @@ class Loader:
             for part in _fill(by_length, lengths, self._micro_tokens)
         ]
 
+    def one_segment(self) -> PackedBatch:
+        """The first segment as a micro-batch, outside of any step."""
+        return self._dataset.batch(np.zeros(1, np.int64))
+
     def steps_per_epoch(self, epoch: int = 0) -> int:
         """Steps of an epoch; measured in tokens it differs a little between epochs."""
         return sum(1 for _ in self._epoch_steps(epoch, 0))

@@ -24,7 +24,7 @@ from data.splits import Splits, split_notes
 from data.synthetic import make_cohort
 from data.tokenizer import Tokenizer, load_tokenizer
 from lora.adaption_prompt import AdaptionPromptConfig
-from lora.attach import AdapterConfig, attach
+from lora.attach import AdapterConfig, adapter_names, adapter_parameters, attach
 from lora.config import ALL_LINEAR, LoraConfig
 from lora.p_tuning import PTuningConfig
 from lora.parts import MERGED
@@ -223,11 +223,22 @@ def _has_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
-def load_base(config: RunConfig, folder: Path, num_labels: int, device: torch.device) -> Model:
-    """The base of a run with the head of its stage, every weight frozen."""
+def load_base(
+    config: RunConfig,
+    folder: Path,
+    num_labels: int,
+    device: torch.device,
+    *,
+    place: torch.device | None = None,
+) -> Model:
+    """The base of a run with the head of its stage, every weight frozen.
+
+    place: where the tensors lie, if not on the device that they are made for.
+    """
     held = base_dtype(config, device)
     # Beside int8 weights stand embeddings, norms and the head.
     is_bfloat16 = held == "bfloat16" or (held == "int8" and _has_bfloat16(device))
+    device = place or device
     dtype = torch.bfloat16 if is_bfloat16 else torch.float32
     int8 = config.int8.compute if held == "int8" else None
     model: Model
@@ -271,10 +282,15 @@ def _check_memory(shape: DecoderConfig, folder: Path) -> None:
         )
 
 
-def build_model(config: RunConfig, notes: Notes, device: torch.device) -> Model:
-    """Base, adapters and head of a run that begins; exactly what the config says is trainable."""
+def build_model(
+    config: RunConfig, notes: Notes, device: torch.device, *, place: torch.device | None = None
+) -> Model:
+    """Base, adapters and head of a run that begins; exactly what the config says is trainable.
+
+    place: where the tensors lie, if not on the device that they are made for.
+    """
     assert config.model is not None
-    model = load_base(config, Path(config.model), len(notes.label_names), device)
+    model = load_base(config, Path(config.model), len(notes.label_names), device, place=place)
     if notes.tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer of {config.model} has {notes.tokenizer.vocab_size} pieces, but the "
@@ -294,6 +310,12 @@ def build_model(config: RunConfig, notes: Notes, device: torch.device) -> Model:
     if isinstance(model, Classifier):
         model.head.requires_grad_(True)
     return model
+
+
+def base_parameters(model: Model) -> set[nn.Parameter]:
+    """The frozen parameters that belong to no adapter."""
+    of_adapters = {p for name in adapter_names(model) for p in adapter_parameters(model, name)}
+    return {p for p in model.parameters() if not p.requires_grad} - of_adapters
 
 
 def adapter_settings(config: RunConfig, model: Model) -> AdapterConfig:

@@ -247,6 +247,8 @@ class RunConfig:
     """Downstream only: weigh classes by N / (K * count) in the training loss."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, more time."""
+    shard: bool = False
+    """Spread the frozen base over the ranks (FSDP2), for one that a single GPU does not hold."""
     seed: int = 0
     """Decides initial weights, order of the data and dropout."""
     device: str | None = None
@@ -345,6 +347,11 @@ class RunConfig:
             raise ValueError(
                 "--adapter full needs --base-dtype float32: AdamW's small steps are lost in "
                 f"{self.base_dtype} weights"
+            )
+        if self.adapter == "full" and self.shard:
+            raise ValueError(
+                "--shard spreads a frozen base over the ranks, and --adapter full leaves nothing "
+                "frozen: leave out --shard, or choose --adapter lora"
             )
         if self.init_adapter is None and self.freeze_init_adapter:
             raise ValueError("--freeze-init-adapter needs --init-adapter")

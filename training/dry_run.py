@@ -20,6 +20,7 @@ from model.heads import Classifier, Model
 from training.assemble import (
     Dataset,
     Notes,
+    base_parameters,
     build_model,
     cache_folder,
     check_same_base,
@@ -31,7 +32,16 @@ from training.assemble import (
 )
 from training.command_line import used_settings
 from training.config import RunConfig
-from training.estimate import Memory, Work, duration, flops, measured_rate, memory, program_bytes
+from training.estimate import (
+    Memory,
+    Work,
+    duration,
+    flops,
+    measured_rate,
+    memory,
+    program_bytes,
+    spread_bytes,
+)
 from training.loop import steps_between_validations
 from training.objective import compute_dtype
 from training.optim import make_adamw
@@ -68,7 +78,7 @@ def dry_run(config: RunConfig, *, resume: bool = False, overwrite: bool = False)
 
     Of the weights only headers are read, so a NaN among them is found by the run alone.
     """
-    ranks = start(config.device)
+    ranks = start(config.device, shard=config.shard)
     try:
         with private_files():
             check_out(Path(config.out), resume=resume, overwrite=overwrite)
@@ -112,6 +122,9 @@ def make_plan(config: RunConfig, ranks: Ranks) -> Plan:
         micro_batches=max(len(step) for step in steps),
         program=program,
     )
+    if config.shard:
+        weights = spread_bytes(model, base_parameters(model), ranks.count)
+        need = need._replace(weights=weights)
     step_flops = np.mean(
         [
             sum(

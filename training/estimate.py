@@ -15,7 +15,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -145,6 +145,21 @@ def memory(
         activations=activations,
         working=peak - activations,
     )
+
+
+def spread_bytes(model: Model, base: Set[nn.Parameter], ranks: int) -> int:
+    """Bytes of weights on one of several ranks that share the base (`training.parallel.shard`).
+
+    Whole for a moment are what stands outside of the blocks, and two blocks: the one at work and
+    the next, which is fetched meanwhile.
+    """
+    blocks = [
+        sum(p.nbytes for p in block.parameters() if p in base) for block in model.network.blocks
+    ]
+    shared = sum(p.nbytes for p in base)
+    all_bytes = sum(p.nbytes for p in itertools.chain(model.parameters(), model.buffers()))
+    outside, largest = shared - sum(blocks), sorted(blocks)[-2:]
+    return all_bytes - shared + -(-shared // ranks) + outside + sum(largest)
 
 
 def saved_bytes(

@@ -122,6 +122,7 @@ class Loop:
                     rate=rate,
                     clip=config.optim.clip,
                     is_asked_to_stop=is_asked_to_stop(),
+                    filler=self._loader.one_segment,
                 )
             except NonFinite as error:
                 raise RunFailed(

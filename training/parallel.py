@@ -3,22 +3,30 @@
 Launched by torchrun, each rank holds the whole base and takes a share of every step's notes.
 There is no wrapper around the model: after the backward passes the gradients are summed in one flat
 buffer, which already is the gradient of the global mean because every local loss was divided by the
-global denominator. Invariant: all ranks make the same calls in the same order, and every decision
+global denominator. `shard` spreads what is frozen over the ranks (FSDP2, Zhao et al., arXiv
+2304.11277): each block is put together for its forward pass, dropped, and again for its backward
+pass. What trains stays whole on every rank, so sums, checkpoints and files are those of a whole
+base. Putting together takes all ranks, so they pass through the model equally often (`in_step`).
+
+Invariant: all ranks make the same calls in the same order, and every decision
 that ends or branches a run is taken from a summed value, so it is the same on all of them.
 """
 
 import datetime
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 _BUCKET_ELEMENTS = 2**26  # of a flat gradient buffer: 256 MiB of float32
 _TIMEOUT = datetime.timedelta(minutes=30)  # covers tokenising on rank 0 while the others wait
+
+Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,7 @@ class Ranks:
     rank: int
     count: int
     device: torch.device
+    is_sharded: bool = False  # a pass through the model needs all ranks
 
     @property
     def is_first(self) -> bool:
@@ -64,28 +73,79 @@ class Ranks:
                     target.copy_(piece.view_as(target))
                 bucket = []
 
+    def in_step(
+        self, batches: Iterable[Batch], filler: Callable[[], Batch]
+    ) -> Iterator[tuple[Batch, bool]]:
+        """This rank's batches, and whether each is its own: as many on all ranks of a shared base.
+
+        A rank with fewer batches than another gets `filler()` in their place, whose results are
+        to be dropped.
+        """
+        if not self.is_sharded:
+            yield from ((batch, True) for batch in batches)
+            return
+        own = list(batches)
+        counts = np.zeros(self.count, np.int64)
+        counts[self.rank] = len(own)
+        for i in range(int(self.sum_array(counts).max())):
+            yield (own[i], True) if i < len(own) else (filler(), False)
+
     def wait(self) -> None:
         """Return when every rank has arrived here."""
         if self.count > 1:
             self.sum_floats([0.0])
 
 
-def start(device: str | None) -> Ranks:
+def start(device: str | None, *, shard: bool = False) -> Ranks:
     """Join the other ranks if torchrun started this process, and choose the device.
 
     torchrun tells each process its place through RANK, WORLD_SIZE and LOCAL_RANK. Host values
     travel by gloo and device tensors by nccl, so a sum of numbers never waits for the GPU.
+
+    Raises ValueError where one rank alone is to shard.
     """
     flush_denormals()
     rank = int(os.environ.get("RANK", "0"))
     count = int(os.environ.get("WORLD_SIZE", "1"))
+    if shard and count == 1:
+        raise ValueError(
+            "--shard spreads the base over several ranks, but there is one: start them with "
+            "torchrun --nproc-per-node N train.py ..., or leave it out"
+        )
     chosen = choose_device(device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     if count > 1:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=count, timeout=_TIMEOUT)
-    return Ranks(rank=rank, count=count, device=chosen)
+    return Ranks(rank=rank, count=count, device=chosen, is_sharded=shard)
+
+
+def shard(
+    model: nn.Module, blocks: Iterable[nn.Module], whole: Set[nn.Parameter], ranks: Ranks
+) -> None:
+    """Spread the parameters of a model over the ranks, but for those that stay `whole`.
+
+    The model may lie on the CPU: each block goes to the device when it is its turn.
+    """
+    # Much of torch that no other run needs.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    for parameter in whole:
+        parameter.data = parameter.data.to(ranks.device)
+    mesh = init_device_mesh(ranks.device.type, (ranks.count,))
+    for module in (*blocks, model):
+        fully_shard(module, mesh=mesh, ignored_params=set(whole))
+    if hasattr(model, "scores"):  # of classifiers, called without `forward`
+        register_fsdp_forward_method(model, "scores")
+
+
+def held_parameters(model: nn.Module) -> int:
+    """Parameters that lie on this rank, of a model that was given to `shard`."""
+    from torch.distributed.tensor import DTensor
+
+    return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters())
 
 
 def flush_denormals() -> None:

@@ -32,6 +32,7 @@ from training.assemble import (
     CLINICAL,
     Dataset,
     Notes,
+    base_parameters,
     build_model,
     load_notes,
     make_dataset,
@@ -43,7 +44,7 @@ from training.config import RunConfig
 from training.estimate import TimeLeft, flops
 from training.loop import Loop, steps_between_validations
 from training.objective import Classification, LanguageModelling, balanced_class_weights
-from training.parallel import Ranks, start, stop
+from training.parallel import Ranks, held_parameters, shard, start, stop
 from training.progress import Progress
 from training.record import check_same_run, make_record
 from training.run_folder import (
@@ -57,6 +58,8 @@ from training.run_folder import (
     weight_files,
 )
 from training.validation import Score, validate_classifier, validate_language
+
+_CPU = torch.device("cpu")
 
 
 def run(
@@ -72,7 +75,7 @@ def run(
 
     Raises ValueError for the user's mistakes, RunFailed, and Stopped after SIGTERM.
     """
-    ranks = start(config.device)
+    ranks = start(config.device, shard=config.shard)
     try:
         with private_files(), _sigterm() as is_asked_to_stop:
             return _run(config, ranks, score, is_asked_to_stop, resume=resume, overwrite=overwrite)
@@ -101,7 +104,7 @@ def _run(
     total_steps = count_steps(config, loader)
 
     # Model. The base is frozen; what trains is adapters and head, or with --adapter full all of it.
-    model = build_model(config, notes, ranks.device)
+    model = build_model(config, notes, ranks.device, place=_CPU if config.shard else None)
     objective = make_objective(config, model, notes, ranks.device)
     validate = _validation(config, objective, notes, ranks, score)
     loop = Loop(
@@ -113,6 +116,10 @@ def _run(
         total_steps=total_steps,
         checkpoints=out / "checkpoints",
     )
+
+    if config.shard:
+        whole = set(model.parameters()) - base_parameters(model)
+        shard(model, model.network.blocks, whole, ranks)
 
     # Steps. The folder is this run's alone; a resumed run goes on from its newest checkpoint.
     record = make_record(config, notes, model, ranks, total_steps) if ranks.is_first else {}
@@ -132,6 +139,12 @@ def _run(
         with contextlib.closing(progress):
             if ranks.is_first:
                 _introduce(progress, config, record, train_set)
+                if config.shard:
+                    held, total = held_parameters(model), record["parameters"]["all"]
+                    progress.say(
+                        f"the base is spread over {ranks.count} ranks: {held:,} of {total:,} "
+                        "parameters lie on the first"
+                    )
             for complaint in complaints:
                 progress.say(f"warning: a checkpoint was passed over: {complaint}")
             if resume:

@@ -7,7 +7,7 @@ whether the step's notes pass in one micro-batch or in many, on one rank or on s
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,8 +44,11 @@ def optimiser_step(
     rate: float,
     clip: float | None,
     is_asked_to_stop: bool = False,
+    filler: Callable[[], PackedBatch] | None = None,
 ) -> StepResult:
     """Forward and backward over this rank's micro-batches, sum over ranks, check, clip, update.
+
+    filler: any micro-batch, for `Ranks.in_step`; None where the base is whole.
 
     Raises NonFinite, on every rank alike, before weights or optimiser state have changed.
     """
@@ -57,8 +60,11 @@ def optimiser_step(
         ]
     )
     losses = torch.zeros(2, dtype=torch.float64, device=ranks.device)
-    for batch in micro_batches:
+    for batch, is_own in ranks.in_step(micro_batches, filler or _no_filler):
         loss = objective.loss(batch, dropout_seed=dropout_seed)
+        if not is_own:
+            (0.0 * loss.total).backward()
+            continue
         total = loss.total / denominator
         total.backward()
         aux = total - loss.loss_sum / denominator
@@ -80,6 +86,10 @@ def optimiser_step(
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     return StepResult(mean_loss, aux_loss, norm, int(tokens), stops > 0)
+
+
+def _no_filler() -> PackedBatch:
+    raise AssertionError("a sharded base needs a filler")
 
 
 def dropout_seed_of(seed: int, step: int) -> int:

@@ -6,6 +6,7 @@ scored once: losses are summed, and each rank fills its own rows of one table of
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -29,8 +30,11 @@ def validate_language(
     batches = iter_batches(
         pieces, micro_tokens=micro_tokens, rank=ranks.rank, world_size=ranks.count
     )
-    for batch in batches:
+    filler = partial(pieces.batch, np.zeros(1, np.int64))
+    for batch, is_own in ranks.in_step(batches, filler):
         loss = objective.loss(batch, dropout_seed=None)
+        if not is_own:
+            continue
         loss_sum += loss.loss_sum
         scored += loss.denominator
     total, scored = ranks.sum_floats([float(loss_sum), scored])
@@ -81,9 +85,13 @@ def classifier_logits(
     batches = iter_batches(
         notes, micro_tokens=micro_tokens, rank=ranks.rank, world_size=ranks.count
     )
-    for batch in batches:
+    filler = partial(notes.batch, np.zeros(1, np.int64))
+    for batch, is_own in ranks.in_step(batches, filler):
+        scores_nC = objective.scores(batch)
+        if not is_own:
+            continue
         place = by_row[np.searchsorted(rows, batch.rows, sorter=by_row)]
         if batch.targets is not None:
             labels[place] = batch.targets
-        logits_nC[place] = objective.scores(batch).double().cpu().numpy()
+        logits_nC[place] = scores_nC.double().cpu().numpy()
     return ranks.sum_array(labels), ranks.sum_array(logits_nC)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,8 +16,9 @@ import torch
 
 from evaluation.metrics import headline_metrics
 from model.files import read_json
-from training.assemble import load_notes, make_dataset
+from training.assemble import base_parameters, build_model, load_notes, make_dataset
 from training.config import LoraSettings, RunConfig, to_dict
+from training.estimate import spread_bytes
 from training.parallel import Ranks, choose_device
 from training.run import run
 
@@ -104,12 +106,14 @@ def test_two_ranks_are_one_run(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shard", [False, True])
 def test_two_ranks_stop_and_go_on_together(
-    make_config: Callable[..., RunConfig], tmp_path: Path, repository_root: Path
+    shard: bool, make_config: Callable[..., RunConfig], tmp_path: Path, repository_root: Path
 ) -> None:
     config = make_config("clinical", steps=300, checkpoint_every=20, eval_every=100)
     one = run(replace(config, out=str(tmp_path / "one")))
     two = tmp_path / "two"
+    config = replace(config, shard=shard)
     arguments = as_file(replace(config, out=str(two)), tmp_path)
     code, output = launch(arguments, repository_root, stop_at=two / "checkpoints" / "step-000040")
     assert code != 0 and "stopped by SIGTERM after step" in output
@@ -126,3 +130,79 @@ def test_one_rank_exchanges_nothing() -> None:
     ranks.wait()
     assert ranks.sum_floats([1.0, 2.0]) == [1.0, 2.0] and tensor.tolist() == [1.0, 1.0, 1.0]
     assert choose_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("clinical", {"base_dtype": "int8", "gradient_checkpointing": True}),
+        ("downstream", {}),
+    ],
+    ids=["language, int8, checkpointing", "classifier"],
+)
+def test_a_base_spread_over_ranks_trains_as_a_whole_one(
+    stage: str,
+    changes: dict[str, object],
+    make_config: Callable[..., RunConfig],
+    tmp_path: Path,
+    repository_root: Path,
+) -> None:
+    """Losses and gradients within 1e-5; checkpoints and files are those of a whole base.
+
+    Micro-batches are small, so ranks have different numbers of them, and sometimes none.
+    """
+    notes = load_notes(make_config(stage))
+    segments = len(make_dataset(make_config(stage), notes, notes.splits.train))
+    batch_size = next(size for size in range(segments // 6, segments) if segments % size == 1)
+    settings = {"batch_tokens": None, "batch_size": batch_size, "micro_tokens": 64, **changes}
+    settings |= {"steps": 8, "lr": 1e-2, "max_length": 64}
+    config = make_config(stage, **settings)
+    whole = run(replace(config, out=str(tmp_path / "whole")), score=headline_metrics)
+    spread = tmp_path / "spread"
+    arguments = as_file(replace(config, shard=True, out=str(spread)), tmp_path)
+    code, output = launch(arguments, repository_root)
+    assert code == 0, output
+    for name in ("loss", "gradient_norm", "validation_loss"):
+        assert numbers(spread, name) == pytest.approx(numbers(whole, name), rel=1e-5)
+    found = re.search(r"over 2 ranks: ([\d,]+) of ([\d,]+) parameters lie on the first", output)
+    assert found is not None
+    held, total = (int(group.replace(",", "")) for group in found.groups())
+    trainable = read_json(spread / "run.json")["parameters"]["trainable"]
+    assert held - trainable <= 0.51 * (total - trainable) + 1000
+    # Two ranks that each hold the whole base come to the same bits.
+    both = tmp_path / "both"
+    code, output = launch(as_file(replace(config, out=str(both)), tmp_path), repository_root)
+    assert code == 0, output
+    files = sorted(both.rglob("*.safetensors"))
+    assert len(files) > 5
+    for file in files:
+        assert file.read_bytes() == (spread / file.relative_to(both)).read_bytes(), file
+    # What both have left is whole, so that one rank takes it up.
+    run(replace(config, out=str(spread)), resume=True, score=headline_metrics)
+
+
+def test_spreading_takes_several_ranks_and_a_frozen_base(
+    make_config: Callable[..., RunConfig],
+) -> None:
+    with pytest.raises(ValueError, match="several ranks, but there is one: start them with"):
+        run(make_config("clinical", shard=True))
+    with pytest.raises(ValueError, match="--adapter full leaves nothing frozen"):
+        make_config("clinical", shard=True, adapter="full")
+
+
+def test_the_estimate_of_a_shared_base(make_config: Callable[..., RunConfig]) -> None:
+    """A share of the base, and whole for a moment two blocks and what stands outside of them."""
+    config = make_config("clinical")
+    model = build_model(config, load_notes(config), torch.device("meta"))
+    base = base_parameters(model)
+    bytes_of = {name: p.nbytes for name, p in model.named_parameters()}
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    inside = {
+        i: sum(n for name, n in bytes_of.items() if f".{i}." in name and ".adapters." not in name)
+        for i in range(len(model.network.blocks))
+    }
+    whole = sum(bytes_of.values()) - trained
+    assert whole == sum(p.nbytes for p in base)
+    outside, two = whole - sum(inside.values()), sum(sorted(inside.values())[-2:])
+    assert spread_bytes(model, base, 4) == trained + buffers + -(-whole // 4) + outside + two
