@@ -3,7 +3,7 @@
 A checkpoint is a folder `checkpoints/step-000060/` of safetensors and JSON:
 
     weights.safetensors    the trainable parameters
-    optimiser.safetensors  AdamW's moments and step counts, by parameter
+    optimiser.safetensors  AdamW's moments (float32 or int8) and step counts, by parameter
     random.safetensors     the generators' states
     state.json             step, data position, best validation so far, lines of metrics.jsonl
     manifest.json          size and SHA-256 of each of them, and its own SHA-256; written last

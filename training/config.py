@@ -15,6 +15,7 @@ Stage = Literal["pretrain", "clinical", "downstream"]
 Task = Literal["mor", "label"]
 Adapter = Literal["lora", "prompt", "prefix", "p-tuning", "adaption-prompt", "none", "full"]
 BaseDtype = Literal["float32", "bfloat16", "int8"]
+States = Literal["float32", "int8"]
 Schedule = Literal["constant", "linear", "cosine"]
 AUTO = "auto"  # LoRA's target modules: those that the base's family is adapted at
 
@@ -162,6 +163,9 @@ class OptimSettings:
     """Added to the root of the squared gradient's mean."""
     weight_decay: float = 0.01
     """Decoupled weight decay of matrices; vectors (norms) never decay."""
+    states: States = "float32"
+    """How AdamW's running means are held: int8 takes a quarter of the memory, with a scale for each
+    256 of them; tensors of fewer than 4096 elements stay float32."""
     clip: float | None = 1.0
     """Largest norm of the whole gradient; None to leave it as it is."""
 

@@ -44,7 +44,7 @@ from training.estimate import (
 )
 from training.loop import steps_between_validations
 from training.objective import compute_dtype
-from training.optim import make_adamw
+from training.optim import make_adamw, state_bytes
 from training.parallel import Ranks, start, stop
 from training.run import count_steps, load_notes_in_turn, make_loader, make_objective
 from training.run_folder import check_out, private_files
@@ -120,6 +120,7 @@ def make_plan(config: RunConfig, ranks: Ranks) -> Plan:
         on_gpu=ranks.device.type == "cuda",
         checkpointing=checkpointing,
         micro_batches=max(len(step) for step in steps),
+        optimiser=state_bytes((p for p in model.parameters() if p.requires_grad), config.optim),
         program=program,
     )
     if config.shard:

@@ -88,6 +88,7 @@ def memory(
     on_gpu: bool,
     checkpointing: bool,
     micro_batches: int,
+    optimiser: int,
     program: int,
 ) -> Memory:
     """Bytes at the peak of a step whose largest micro-batch is `batch`.
@@ -96,6 +97,7 @@ def memory(
         model: on any device, also meta; its `requires_grad` says what trains.
         on_gpu: attention there works on the stream as it is, without padding.
         micro_batches: in the step; from the second on, the gradients of the first are there.
+        optimiser: as from `training.optim.state_bytes`.
         program: as from `program_bytes`.
     """
     own, batch = batch, _behind_virtual_tokens(model, batch)
@@ -141,7 +143,7 @@ def memory(
     return Memory(
         program=program,
         weights=sum(p.nbytes for p in itertools.chain(model.parameters(), model.buffers())),
-        optimiser=2 * gradients,
+        optimiser=optimiser,
         activations=activations,
         working=peak - activations,
     )

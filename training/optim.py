@@ -5,11 +5,14 @@ its step. `training.step` refuses a gradient that is not finite before it comes 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import kernels
+from kernels.reference import STATE_BLOCK
 from training.config import OptimSettings
 
 
@@ -33,9 +36,81 @@ def learning_rate(step: int, *, peak: float, settings: OptimSettings, total_step
     return peak * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
 
 
+class EightBitAdamW(torch.optim.Optimizer):
+    """AdamW whose running means are held in eight bits (`kernels.adamw_eight_bit`).
+
+    Parameters of fewer than 4096 elements keep float32 means: they save nothing, and norms are
+    among them.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], betas: tuple[float, float], eps: float
+    ) -> None:
+        super().__init__(groups, {"lr": 0.0, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter from its gradient."""
+        parameters: list[Tensor] = []
+        gradients: list[Tensor] = []
+        states: list[kernels.EightBitStates] = []
+        decays: list[float] = []
+        for group in self.param_groups:
+            small = []
+            for parameter in group["params"]:
+                if not self.state[parameter]:
+                    self.state[parameter] = _fresh_state(parameter, is_eight_bit=True)
+                state = self.state[parameter]
+                state["step"] += 1
+                if "exp_avg_sq" in state:
+                    small.append(parameter)
+                    continue
+                parameters.append(parameter)
+                gradients.append(parameter.grad)
+                states.append(kernels.EightBitStates(*(state[name] for name in _EIGHT_BIT)))
+                decays.append(group["weight_decay"])
+                # The same for all of them: the count is on the host, so nothing waits for a device.
+                step = int(state["step"])
+            beta1, beta2 = group["betas"]
+            rate, eps = group["lr"], group["eps"]
+            for parameter in small:
+                state = self.state[parameter]
+                parameter.mul_(1 - rate * group["weight_decay"])
+                state["exp_avg"].lerp_(parameter.grad, 1 - beta1)
+                state["exp_avg_sq"].mul_(beta2).addcmul_(
+                    parameter.grad, parameter.grad, value=1 - beta2
+                )
+                numbers = kernels.AdamWStep(int(state["step"]), rate, beta1, beta2, eps)
+                root = (state["exp_avg_sq"].sqrt() / numbers.root_correction).add_(eps)
+                parameter.addcdiv_(state["exp_avg"], root, value=-rate / numbers.mean_correction)
+        if parameters:
+            numbers = kernels.AdamWStep(step, rate, beta1, beta2, eps)
+            kernels.adamw_eight_bit(parameters, gradients, states, decays, numbers)
+
+
+_SMALLEST_EIGHT_BIT = 4096  # elements
+_EIGHT_BIT = ("exp_avg", "exp_avg_scale", "exp_avg_sq_root", "exp_avg_sq_root_scale")
+
+
+def _fresh_state(parameter: Tensor, *, is_eight_bit: bool) -> dict[str, Tensor]:
+    """AdamW's state of one parameter before its first update."""
+    count, device = parameter.numel(), parameter.device
+    if not is_eight_bit or count < _SMALLEST_EIGHT_BIT:
+        step = torch.zeros((), device="cpu" if is_eight_bit else device)
+        means = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        return {"step": step, **means}
+    blocks = -(-count // STATE_BLOCK)
+    state = {"step": torch.zeros(())}
+    for name in _EIGHT_BIT:
+        is_scale = name.endswith("scale")
+        dtype = torch.float32 if is_scale else torch.uint8
+        state[name] = torch.zeros(blocks if is_scale else count, dtype=dtype, device=device)
+    return state
+
+
 def make_adamw(
     parameters: Mapping[str, nn.Parameter], settings: OptimSettings
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     """AdamW with decay on matrices alone, one fused update for all tensors of a device."""
     matrices = [p for p in parameters.values() if p.ndim >= 2]
     vectors = [p for p in parameters.values() if p.ndim < 2]
@@ -44,11 +119,20 @@ def make_adamw(
         for group, decay in ((matrices, settings.weight_decay), (vectors, 0.0))
         if group
     ]
-    return torch.optim.AdamW(
-        groups,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        fused=True,
+    betas = (settings.beta1, settings.beta2)
+    if settings.states == "int8":
+        return EightBitAdamW(groups, betas, settings.eps)
+    return torch.optim.AdamW(groups, betas=betas, eps=settings.eps, fused=True)
+
+
+def state_bytes(parameters: Iterable[Tensor], settings: OptimSettings) -> int:
+    """What AdamW holds of these parameters; they may be on the meta device."""
+    is_eight_bit = settings.states == "int8"
+    return sum(
+        value.nbytes
+        for parameter in parameters
+        for value in _fresh_state(parameter.to("meta"), is_eight_bit=is_eight_bit).values()
+        if value.ndim
     )
 
 
@@ -85,22 +169,25 @@ def load_optimiser_state(
     tensors: Mapping[str, Tensor],
 ) -> None:
     """Put back what `optimiser_state` gave; the names must match one to one."""
-    entries = ("step", "exp_avg", "exp_avg_sq")
-    expected = {f"{name}/{entry}" for name in parameters for entry in entries}
+    is_eight_bit = isinstance(optimiser, EightBitAdamW)
+    fresh = {
+        name: _fresh_state(parameter, is_eight_bit=is_eight_bit)
+        for name, parameter in parameters.items()
+    }
+    expected = {f"{name}/{entry}" for name, state in fresh.items() for entry in state}
     if set(tensors) != expected:
         raise ValueError(
             f"the checkpoint's optimiser has {len(tensors)} tensors, this run needs "
             f"{len(expected)} of other names; it belongs to another run"
         )
-    for name, parameter in parameters.items():
-        state = {}
-        for entry in entries:
-            value = tensors[f"{name}/{entry}"]
-            shape = torch.Size() if entry == "step" else parameter.shape
-            if value.shape != shape:
+    for name, state in fresh.items():
+        for entry, value in state.items():
+            saved = tensors[f"{name}/{entry}"]
+            if saved.shape != value.shape or saved.dtype != value.dtype:
                 raise ValueError(
                     f"the checkpoint's optimiser holds {name}/{entry} with shape "
-                    f"{list(value.shape)}, this run needs {list(shape)}"
+                    f"{list(saved.shape)} of {saved.dtype}, this run needs {list(value.shape)} of "
+                    f"{value.dtype}"
                 )
-            state[entry] = value.to(device=parameter.device, copy=True)
-        optimiser.state[parameter] = state
+            value.copy_(saved)
+        optimiser.state[parameters[name]] = state

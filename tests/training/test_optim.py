@@ -15,6 +15,7 @@ from training.optim import (
     make_adamw,
     optimiser_state,
     set_learning_rate,
+    state_bytes,
 )
 
 
@@ -61,7 +62,7 @@ def test_warm_up_is_a_twentieth_by_default() -> None:
 
 def make_parameters() -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
-    shapes = {"matrix": (5, 3), "vector": (4,)}
+    shapes = {"matrix": (5, 3), "vector": (4,), "large": (70, 60)}
     return {n: nn.Parameter(torch.randn(s, generator=generator)) for n, s in shapes.items()}
 
 
@@ -111,7 +112,9 @@ def test_adamw_follows_the_paper_and_decays_matrices_only() -> None:
         torch.testing.assert_close(parameter.double(), by_hand[name], rtol=1e-5, atol=1e-6)
 
 
-def stepped(parameters: dict[str, nn.Parameter], optimiser: torch.optim.AdamW, seed: int) -> None:
+def stepped(
+    parameters: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     set_learning_rate(optimiser, 0.01)
     for parameter in parameters.values():
@@ -119,8 +122,34 @@ def stepped(parameters: dict[str, nn.Parameter], optimiser: torch.optim.AdamW, s
     optimiser.step()
 
 
-def test_optimiser_state_goes_out_and_in_exactly() -> None:
-    settings = OptimSettings()
+def test_eight_bit_states_are_those_of_large_tensors_and_decay_matrices_only() -> None:
+    settings = OptimSettings(states="int8", weight_decay=0.1)
+    parameters = make_parameters()
+    twins = {name: nn.Parameter(p.detach().clone()) for name, p in parameters.items()}
+    optimiser, plain = (
+        make_adamw(parameters, settings),
+        make_adamw(twins, OptimSettings(weight_decay=0.1)),
+    )
+    for seed in range(5):
+        stepped(parameters, optimiser, seed)
+        stepped(twins, plain, seed)
+    state = optimiser_state(optimiser, parameters)
+    assert {name for name, value in state.items() if value.dtype == torch.uint8} == {
+        "large/exp_avg",
+        "large/exp_avg_sq_root",
+    }
+    held = sum(value.nbytes for value in state.values() if value.ndim)
+    assert held == state_bytes(parameters.values(), settings)
+    assert held < 0.3 * state_bytes(parameters.values(), OptimSettings())
+    start = make_parameters()
+    for name, twin in twins.items():
+        way, error = twin - start[name], parameters[name] - twin
+        assert error.norm() <= (0.02 if name == "large" else 1e-5) * way.norm(), name
+
+
+@pytest.mark.parametrize("states", ["float32", "int8"])
+def test_optimiser_state_goes_out_and_in_exactly(states: str) -> None:
+    settings = OptimSettings(states=states)
     one = make_parameters()
     optimiser = make_adamw(one, settings)
     stepped(one, optimiser, seed=1)
@@ -143,3 +172,11 @@ def test_optimiser_state_of_another_run_is_refused() -> None:
     saved["matrix/exp_avg"] = torch.zeros(3, 5)
     with pytest.raises(ValueError, match=r"matrix/exp_avg with shape \[3, 5\]"):
         load_optimiser_state(optimiser, parameters, saved)
+    saved["matrix/exp_avg"] = torch.zeros(5, 3, dtype=torch.uint8)
+    with pytest.raises(
+        ValueError, match=r"of torch.uint8, this run needs \[5, 3\] of torch.float32"
+    ):
+        load_optimiser_state(optimiser, parameters, saved)
+    eight_bit = make_adamw(parameters, OptimSettings(states="int8"))
+    with pytest.raises(ValueError, match="belongs to another run"):
+        load_optimiser_state(eight_bit, parameters, saved)

@@ -77,12 +77,20 @@ def die_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training.loop, "optimiser_step", dying)
 
 
-@pytest.mark.parametrize("stage", ["clinical", "downstream", "pretrain"])
+@pytest.mark.parametrize(
+    ("stage", "states"),
+    [("clinical", "float32"), ("downstream", "float32"), ("pretrain", "int8")],
+)
 def test_a_resumed_run_ends_in_the_same_bytes(
-    stage: str, make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stage: str,
+    states: str,
+    make_config: MakeConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Killed twice: before the first checkpoint, and between two of them."""
     config = make_config(stage, adapter="full" if stage == "pretrain" else "lora")
+    config = replace(config, optim=replace(config.optim, states=states))
     whole = run(replace(config, out=str(tmp_path / "whole")), score=headline_metrics)
     broken = replace(config, out=str(tmp_path / "broken"))
     for steps, resume in ((1, False), (5, True)):
@@ -93,6 +101,7 @@ def test_a_resumed_run_ends_in_the_same_bytes(
     out = run(broken, score=headline_metrics, resume=True)
     assert metrics_of(out) == metrics_of(whole)
     assert weights_and_states(out) == weights_and_states(whole)
+    assert any("exp_avg_sq_root" in n for n in weights_and_states(out)) == (states == "int8")
     kept = {"kept", "finished", "total_steps", "fingerprints", "labels", "adapters"}
     records = [read_json(folder / "run.json") for folder in (out, whole)]
     assert {k: records[0][k] for k in kept} == {k: records[1][k] for k in kept}
