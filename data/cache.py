@@ -27,8 +27,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from data.notes import Note, NoteSource
-from data.tokenizer import Tokenizer, token_dtype
-from data.worker import EncodedTexts, Worker, encode_texts
+from data.tokenizer import token_dtype
+from data.worker import EncodedTexts, TextEncoder, Worker, encode_texts
 
 FORMAT = 3
 DIGEST_BLOCK = 1 << 18  # bytes that one thread hashes at once
@@ -48,7 +48,8 @@ _FILES = {  # file: entries a note, beside tokens.bin
 class TokenCache:
     """A finished cache, memory-mapped: N notes, none of them in memory.
 
-    tokens: uint16 or uint32 [total], without BOS and EOS; offsets: int64 [N + 1];
+    tokens: uint16 or uint32 [total], without BOS and EOS, or for conversations as
+    `data.prompts.PromptEncoder` gives them; offsets: int64 [N + 1];
     text_digests: S16 [N], MD5 of each text; patient_digests: S16 [N] or None, MD5 of each patient;
     labels: int32 [N], codes into `label_names`, -1 for a note without a label.
     """
@@ -119,7 +120,7 @@ class TokenCache:
 
 def tokenise(
     source: NoteSource,
-    tokenizer: Tokenizer,
+    tokenizer: TextEncoder,
     *,
     cache_folder: str | Path,
     workers: int | None = None,
@@ -141,14 +142,14 @@ def tokenise(
 
 
 def find_cache(
-    source_fingerprint: str, tokenizer: Tokenizer, *, cache_folder: str | Path
+    source_fingerprint: str, tokenizer: TextEncoder, *, cache_folder: str | Path
 ) -> TokenCache | None:
     """The cache of a source that need not be there any more; None where it was never made."""
     folder = Path(cache_folder) / cache_key(source_fingerprint, tokenizer)
     return TokenCache(folder) if folder.is_dir() else None
 
 
-def cache_key(source_fingerprint: str, tokenizer: Tokenizer) -> str:
+def cache_key(source_fingerprint: str, tokenizer: TextEncoder) -> str:
     """The name of the cache: SHA-256 of the source's content, the tokenizer and the format."""
     parts = [FORMAT, source_fingerprint, tokenizer.fingerprint()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -157,7 +158,7 @@ def cache_key(source_fingerprint: str, tokenizer: Tokenizer) -> str:
 def _build(
     folder: Path,
     source: NoteSource,
-    tokenizer: Tokenizer,
+    tokenizer: TextEncoder,
     workers: int,
     progress: Callable[[int], None] | None,
 ) -> None:
@@ -216,7 +217,7 @@ def _blocks(source: NoteSource) -> Iterator[list[Note]]:
 
 def _encoded_blocks(
     blocks: Iterator[list[Note]],
-    tokenizer: Tokenizer,
+    tokenizer: TextEncoder,
     workers: int,
     stack: contextlib.ExitStack,
 ) -> Iterator[tuple[list[Note], EncodedTexts]]:
@@ -261,7 +262,7 @@ class _Writer:
         folder: Path,
         key: str,
         description: str,
-        tokenizer: Tokenizer,
+        tokenizer: TextEncoder,
         stack: contextlib.ExitStack,
     ) -> None:
         self.notes = 0

@@ -167,7 +167,7 @@ class JsonLinesNotes:
     """Notes from JSON lines: one object a line, the columns are its keys."""
 
     def __init__(self, path: Path, columns: Columns) -> None:
-        first = next(_lines(path), None)
+        first = next(read_lines(path), None)
         if first is None:
             raise ValueError(f"{path}: the file is empty; one JSON object a line is expected")
         _check_columns(path, list(_json_object(path, 1, first)), columns)
@@ -179,7 +179,7 @@ class JsonLinesNotes:
     def __iter__(self) -> Iterator[Note]:
         text_key, label_key, patient_key, group_keys = self._columns
         record = 0
-        for line, content in enumerate(_lines(self._path), 1):
+        for line, content in enumerate(read_lines(self._path), 1):
             if not content.strip():
                 continue
             record += 1
@@ -417,8 +417,11 @@ def _not_utf8(path: Path, place: str) -> ValueError:
     )
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """Lines of a UTF-8 file, gzip or plain, with their ends (LF or CRLF) and without a BOM."""
+def read_lines(path: Path, errors: str = "strict") -> Iterator[str]:
+    """Lines of a UTF-8 file, gzip or plain, with their ends (LF or CRLF) and without a BOM.
+
+    errors: what becomes of other bytes; "strict" raises ValueError with the line.
+    """
     with path.open("rb") as raw:
         packed = raw.read(2) == b"\x1f\x8b"
         raw.seek(0)
@@ -428,7 +431,7 @@ def _lines(path: Path) -> Iterator[str]:
         lines_before = 0
         for block in _whole_lines(path, file):
             try:
-                text = block.decode()
+                text = block.decode(errors=errors)
             except UnicodeDecodeError as error:
                 line = lines_before + block.count(b"\n", 0, error.start) + 1
                 raise _not_utf8(path, f"line {line}") from None
@@ -473,7 +476,7 @@ def _whole_lines(path: Path, file: io.BufferedIOBase) -> Iterator[bytes]:
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     """Rows with the line each ends on; the header is the first, blank lines are left out."""
     csv.field_size_limit(LINE_LIMIT)
-    reader = csv.reader(_lines(path), strict=True)
+    reader = csv.reader(read_lines(path), strict=True)
     rows = 0
     try:
         for row in reader:
@@ -496,7 +499,7 @@ def _csv_header(path: Path) -> list[str]:
 
 def _json_object(path: Path, line: int, content: str) -> dict[str, Any]:
     try:
-        value = json.loads(content, object_pairs_hook=_unique)
+        value = json.loads(content, object_pairs_hook=unique_keys)
     except _DoubledKey:
         raise ValueError(f"{path}: line {line} has a key twice; each key may stand once") from None
     except (ValueError, RecursionError):  # ValueError: a number of thousands of digits, too
@@ -515,7 +518,8 @@ class _DoubledKey(ValueError):
     pass
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; ValueError where a key stands twice."""
     values = dict(pairs)
     if len(values) != len(pairs):
         raise _DoubledKey

@@ -84,6 +84,11 @@ class LanguagePieces:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
+    @property
+    def scored_tokens(self) -> int:
+        """Tokens of all pieces but the first of each."""
+        return int(self.lengths(np.arange(len(self))).sum()) - len(self)
+
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         """Tokens of each piece, BOS, EOS and the overlap included: int64 [n]."""
         at, piece = self._locate(indices)
@@ -96,7 +101,7 @@ class LanguagePieces:
         rows = self._notes[at].astype(np.int64)
         begins = piece * (self.max_length - 1)
         segments = [self._piece(row, begin) for row, begin in zip(rows, begins, strict=True)]
-        input_ids, offsets = _join(segments)
+        input_ids, offsets = join_segments(segments)
         labels = input_ids.copy()
         labels[offsets[:-1]] = IGNORED
         return PackedBatch(input_ids, labels, offsets, rows * PIECES_LIMIT + piece, None, rows)
@@ -183,7 +188,7 @@ class ClassificationNotes:
         """The notes as one stream, with their targets."""
         rows = self._notes[indices].astype(np.int64)
         segments = [np.concatenate((self._bos, self._cut(row), self._eos)) for row in rows]
-        input_ids, offsets = _join(segments)
+        input_ids, offsets = join_segments(segments)
         targets = None if self._targets is None else self._targets[indices]
         return PackedBatch(input_ids, None, offsets, rows * PIECES_LIMIT, targets, rows)
 
@@ -202,7 +207,7 @@ def length_quantiles(cache: TokenCache, notes: np.ndarray) -> dict[str, int]:
     return {name: int(value) for name, value in zip(QUANTILES, values, strict=True)}
 
 
-def _join(segments: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def join_segments(segments: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Segments end to end: int64 [M] and their offsets int32 [n + 1]."""
     offsets = np.zeros(len(segments) + 1, np.int32)
     np.cumsum([len(segment) for segment in segments], out=offsets[1:])

@@ -67,9 +67,25 @@ class Tokenizer(abc.ABC):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids."""
 
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of a text that goes on after another: `encode` without the space some put before."""
+        return self.encode(text)
+
+    def decode_continuation(self, ids: Sequence[int]) -> str:
+        """The text of `encode_continuation`'s ids, a space in front of it included."""
+        return self.decode(ids)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a special token by its text, such as <|eot_id|>; None where there is none."""
+        return None
+
     @abc.abstractmethod
     def fingerprint(self) -> str:
         """SHA-256 (hex) of all that decides `encode`."""
+
+    def arguments(self) -> list[str]:
+        """What a tokenising process is told, so that it reads the same tokenizer."""
+        return [str(self.path.resolve())]
 
     @property
     def bos_id(self) -> int | None:
@@ -170,6 +186,8 @@ class _SentencepieceTokenizer(Tokenizer):
                 f"{path}: not a sentencepiece model (truncated, or another format under this "
                 f"name); fetch the file again, or name a tokenizer.json"
             ) from None
+        # Messages of protocol buffers that follow each other are merged: the last value holds.
+        self._continuing = sentencepiece.SentencePieceProcessor(model_proto=model + _CONTINUES)
         self._digest = hashlib.sha256(model).hexdigest()
         self.vocab_size = self._processor.get_piece_size()
         self._dtype = token_dtype(self.vocab_size)
@@ -189,6 +207,16 @@ class _SentencepieceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(i) for i in ids])
+
+    def encode_continuation(self, text: str) -> list[int]:
+        return self._continuing.encode(text)
+
+    def decode_continuation(self, ids: Sequence[int]) -> str:
+        return self._continuing.decode([int(i) for i in ids])
+
+    def token_id(self, token: str) -> int | None:
+        id = self._processor.piece_to_id(token)
+        return id if self._processor.is_control(id) else None
 
     def fingerprint(self) -> str:
         return hashlib.sha256(f"sentencepiece {self._digest}".encode()).hexdigest()
@@ -211,9 +239,16 @@ class _JsonTokenizer(Tokenizer):
         except Exception as error:  # the library raises plain Exception
             reason = str(error)[:200]
             raise ValueError(f"{path}: not a tokenizer.json that can be read ({reason})") from None
-        self._tokenizer.no_truncation()  # many files carry their model's 512 tokens as a limit
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # their text in a note stays text
+        self._continuing = tokenizers.Tokenizer.from_str(_without_prefix(content))
+        for each in (self._tokenizer, self._continuing):
+            each.no_truncation()  # many files carry their model's 512 tokens as a limit
+            each.no_padding()
+            each.encode_special_tokens = True  # their text in a note stays text
+        self._special_tokens = {
+            added.content: id
+            for id, added in self._tokenizer.get_added_tokens_decoder().items()
+            if added.special
+        }
         self._digest = hashlib.sha256(content).hexdigest()
         self._ids = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._ids.values(), default=-1) + 1
@@ -229,6 +264,15 @@ class _JsonTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def encode_continuation(self, text: str) -> list[int]:
+        return self._continuing.encode(text, add_special_tokens=False).ids
+
+    def decode_continuation(self, ids: Sequence[int]) -> str:
+        return self._continuing.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def token_id(self, token: str) -> int | None:
+        return self._special_tokens.get(token)
 
     def fingerprint(self) -> str:
         return hashlib.sha256(f"tokenizer.json {self._digest}".encode()).hexdigest()
@@ -257,6 +301,31 @@ class _JsonTokenizer(Tokenizer):
         if isinstance(value, list):  # Llama 3 lists several end tokens: the first ends a document
             value = value[0] if value else None
         return value if type(value) is int else None
+
+
+def _without_prefix(content: bytes) -> str:
+    """A tokenizer.json without the space that it puts before a text, and drops when decoding."""
+    raw = json.loads(content)
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        raw[part] = _steps_without_prefix(raw.get(part))
+    return json.dumps(raw)
+
+
+def _steps_without_prefix(step: dict | None) -> dict | None:
+    """A step of a tokenizer.json, or a sequence of steps, likewise; None if nothing is left."""
+    if step is None:
+        return None
+    for name in ("normalizers", "pretokenizers", "decoders"):
+        if name in step:
+            kept = [_steps_without_prefix(inner) for inner in step[name]]
+            return {**step, name: [inner for inner in kept if inner is not None]}
+    if step["type"] == "Prepend" or (step["type"] == "Strip" and step.get("content") == " "):
+        return None
+    if step["type"] == "Metaspace":
+        return {**step, "prepend_scheme": "never", "add_prefix_space": False}
+    if step["type"] == "ByteLevel":
+        return {**step, "add_prefix_space": False}
+    return step
 
 
 class _Rules(NamedTuple):
@@ -454,6 +523,8 @@ _PIECE_TEXT, _PIECE_TYPE = 1, 3
 _MODEL_TYPE, _WHITESPACE_AS_SUFFIX, _BPE = 3, 24, 2
 _CHARACTER_MAP, _DUMMY_PREFIX, _REMOVE_EXTRA_SPACES, _ESCAPE_SPACES = 2, 3, 4, 5
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
+# A model's end that takes back the space before a text and keeps all others.
+_CONTINUES = bytes((_NORMALIZER << 3 | 2, 4, _DUMMY_PREFIX << 3, 0, _REMOVE_EXTRA_SPACES << 3, 0))
 
 
 def _word_boundaries(model: bytes) -> _WordBoundaries | None:

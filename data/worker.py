@@ -18,9 +18,11 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from data.tokenizer import Tokenizer, load_tokenizer, token_dtype
+from data.prompts import PromptEncoder, open_encoder
+from data.tokenizer import Tokenizer, token_dtype
 
 PIPE_BYTES = 1 << 20
+TextEncoder = Tokenizer | PromptEncoder  # notes as they are, or conversations in a format
 
 
 class EncodedTexts(NamedTuple):
@@ -31,7 +33,7 @@ class EncodedTexts(NamedTuple):
     digests: np.ndarray  # S16 [n]
 
 
-def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> EncodedTexts:
+def encode_texts(tokenizer: TextEncoder, texts: Sequence[str]) -> EncodedTexts:
     """Tokenises a block of texts in this process."""
     ids = tokenizer.encode_many(texts)
     counts = np.fromiter(map(len, ids), np.uint32, len(ids))
@@ -43,10 +45,10 @@ def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> EncodedTexts:
 class Worker:
     """The parent's end: starts the process, and encodes one block at a time by it."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: TextEncoder) -> None:
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(tokenizer.path.resolve())],
+            [sys.executable, "-m", __name__, *tokenizer.arguments()],
             cwd=Path(__file__).resolve().parent.parent,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -110,7 +112,7 @@ def _widen(pipe: BinaryIO) -> None:
 
 def main() -> None:
     """The process's end: answers every block of texts until the input ends."""
-    tokenizer = load_tokenizer(sys.argv[1])
+    tokenizer = open_encoder(sys.argv[1:])
     read, write = sys.stdin.buffer, sys.stdout.buffer
     while header := read.read(4):
         count = int(np.frombuffer(header, np.uint32)[0])
