@@ -44,6 +44,12 @@ class Block(NamedTuple):
     threshold: int  # `hashing.threshold` of its dropout; the least int16 keeps everything
 
 
+@triton.jit
+def columns_of(block):
+    """Where a block of the table begins and how wide it is: multiples of RANK_STEP both."""
+    return tl.multiple_of(tl.load(block), 16), tl.multiple_of(tl.load(block + 1), 16)
+
+
 class Tiles(NamedTuple):
     """How a kernel is launched: its tile, and how it is pipelined."""
 
@@ -119,7 +125,7 @@ def down_tile(
     BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """One block's columns of S for the rows from `first` on, before `stop`."""
-    start, width = tl.load(block), tl.load(block + 1)
+    start, width = columns_of(block)
     local = tl.arange(0, BM)
     rows = first + local
     inside_rows = rows[:, None] < stop
@@ -207,7 +213,7 @@ def gradient_tile(
     DROPS: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
     """One block's ranks of dS^T dropout(x), in float32: BK columns, the rows first to stop."""
-    start, width = tl.load(block), tl.load(block + 1)
+    start, width = columns_of(block)
     columns, ranks = tile * BK + tl.arange(0, BK), tl.arange(0, BR)
     inside_columns, wanted = columns < K, ranks[None, :] < width
     if DROPS:

@@ -1,10 +1,11 @@
 """Linear layers that read one input, with the sum of their low-rank updates, on a GPU.
 
-y = x W^T + bias + sum over adapters of c dropout(x) A^T B^T, with frozen W (LoRA, Hu et al., arXiv
+y = x W^T + bias + sum over adapters of c dropout(x) A^T B^T, with W frozen (LoRA, Hu et al., arXiv
 2106.09685; the accumulator that begins with the update is that of LoRAFusion, Zhu et al. 2025).
 Letters: M rows, K input width, N output width, R the ranks of all adapters of the group, padded.
 The invariant: `kernels.reference.lora_linear` is the contract; what is kept for the backward pass
-is x, S = dropout(x) A^T, the keys and rank-sized copies of the adapters, never a mask.
+is x, where some A trains, S = dropout(x) A^T, the keys and rank-sized copies of the adapters, never
+a mask.
 
 Three routes lead to y once S is there:
 
@@ -282,7 +283,9 @@ class _LowRankLinear(torch.autograd.Function):
                 y.addmm_(x, _floating(weight, scale, x.dtype).T)
             outputs.append(y)
         ctx.plan, ctx.route, ctx.num_layers = plan, route, num_layers
-        kept = x if wide is None else wide[:, :width]
+        kept = None  # x is there for dA alone
+        if any(ctx.needs_input_grad[4 + 3 * num_layers :: 2]):
+            kept = x if wide is None else wide[:, :width]
         ctx.save_for_backward(kept, keys, s, a, *stacked, *tensors)
         return tuple(outputs)
 
@@ -297,7 +300,7 @@ class _LowRankLinear(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * len(tensors)
         dys = [_rows(dy) for dy in douts]
 
-        ds = x.new_empty(s.shape)
+        ds = torch.empty_like(s)
         for i, dy in enumerate(dys):
             if needs[3 * i + 2]:
                 grads[3 * i + 2] = dy.sum(0).to(tensors[3 * i + 2].dtype)
@@ -390,17 +393,16 @@ def lora_linear(
 ) -> tuple[Tensor, ...]:
     """`kernels.reference.lora_linear` for frozen weights; `route` as the module says.
 
-    A weight that trains, an x without rows, products without adapters and int8 weights, and int8
-    math in some layers alone or at widths that a program does not hold go to the reference.
+    A weight that trains, an x without rows, and int8 math in some layers alone or at widths that a
+    program does not hold go to the reference.
     """
-    trains = torch.is_grad_enabled() and any(layer.weight.requires_grad for layer in layers)
-    is_plain = not any(layer.adapters or layer.scale is not None for layer in layers)
+    to_reference = torch.is_grad_enabled() and any(layer.weight.requires_grad for layer in layers)
     if any(layer.is_int8_math for layer in layers):
         widths = [x.shape[1], *(len(layer.weight) for layer in layers)]
         is_all = all(layer.is_int8_math for layer in layers)
         route = "int8" if is_all and max(widths) <= int8.WIDEST else None
-        is_plain |= route is None
-    if trains or is_plain or len(x) == 0:
+        to_reference |= route is None
+    if to_reference or len(x) == 0:
         return reference.lora_linear(x, layers, dropout_keys)
     tensors: list[Tensor | None] = []
     for layer in layers:

@@ -137,6 +137,10 @@ def test_ranks(rank: int, p: float) -> None:
     compare(20, 40, [Layer(24, (Update(rank, p),)), Layer(10, (Update(rank, p, 9),))])
 
 
+def test_layers_without_adapters() -> None:
+    compare(5, 12, [Layer(9, bias=True, trains_bias=True), Layer(4)])
+
+
 @pytest.mark.parametrize("route", ROUTES)
 def test_evaluation_drops_nothing(route: str) -> None:
     compare(9, 30, MIXED, route=route, drops=False)
@@ -303,6 +307,31 @@ def test_int8_weights_agree_with_the_reference(route: str | None, dtype: torch.d
 
 def test_int8_weights_without_adapters_are_dequantised_too() -> None:
     compare(5, 12, [Layer(9, bias=True, int8=True), Layer(4, int8=True)])
+
+
+def test_what_is_kept() -> None:
+    from kernels.low_rank import lora_linear
+
+    def kept(*layers: Layer) -> set[tuple[int, ...]]:
+        """Shapes of what autograd keeps and the caller does not hold."""
+        (x, *tensors), operands = make(6, 8, layers)
+        held = {tensor.data_ptr() for tensor in tensors}
+        shapes = set()
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.data_ptr() not in held and tensor.numel():
+                shapes.add(tuple(tensor.shape))
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            lora_linear(x, operands(*tensors), make_keys(6))
+        return shapes
+
+    # The keys; S; the padded A; the padded c B; and x.
+    assert kept(Layer(5, (Update(2, 0.5),))) == {(6,), (6, 16), (16, 8), (5, 16), (6, 8)}
+    frozen = Update(2, 0.5, trains=(False, True))
+    assert kept(Layer(5, (frozen,))) == {(6,), (6, 16), (16, 8), (5, 16)}
+    assert kept(Layer(5)) == {(6,)}
 
 
 def test_the_route_is_a_matter_of_shape_and_type() -> None:
