@@ -131,6 +131,15 @@ def test_shapes_of_one_primes_and_several_tiles(
     compare(rows, width, [Layer(out, (Update(5, 0.1),), bias=True)], dtype, route=route)
 
 
+@pytest.mark.parametrize("programs", [1, 4])
+def test_a_program_goes_through_several_tiles_of_rows(
+    programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # At the sizes of models there are more tiles than programs.
+    monkeypatch.setattr("kernels.down_projection._PROGRAMS", programs)
+    compare(300, 20, [Layer(24, (Update(5, 0.1),)), Layer(9, (Update(3, 0.1, 2),))])
+
+
 @pytest.mark.parametrize("rank", [1, 8, 16, 33, 100])
 @pytest.mark.parametrize("p", [0.0, 0.25])
 def test_ranks(rank: int, p: float) -> None:
