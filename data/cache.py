@@ -26,21 +26,22 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data.notes import Note, NoteSource
+from data.notes import CohortNotes, Note, NoteSource
 from data.tokenizer import token_dtype
 from data.worker import EncodedTexts, TextEncoder, Worker, encode_texts
 
-FORMAT = 3
+FORMAT = 4
 DIGEST_BLOCK = 1 << 18  # bytes that one thread hashes at once
 BLOCK_CHARACTERS = 1 << 19
 BLOCK_NOTES = 1 << 12
 BLOCKS_BEFORE_WORKERS = 4  # a smaller source is done before the processes would have started
 LABEL_LIMIT, LABEL_CHARACTERS = 10_000, 100
 
-_FILES = {  # file: entries a note, beside tokens.bin
+_FILES = {  # file: its numbers, beside tokens.bin
     "offsets.bin": np.dtype(np.int64),
     "texts.bin": np.dtype("S16"),
     "patients.bin": np.dtype("S16"),
+    "label_ends.bin": np.dtype(np.int64),
     "labels.bin": np.dtype(np.int32),
 }
 
@@ -51,7 +52,9 @@ class TokenCache:
     tokens: uint16 or uint32 [total], without BOS and EOS, or for conversations as
     `data.prompts.PromptEncoder` gives them; offsets: int64 [N + 1];
     text_digests: S16 [N], MD5 of each text; patient_digests: S16 [N] or None, MD5 of each patient;
-    labels: int32 [N], codes into `label_names`, -1 for a note without a label.
+    labels: int32 [N], codes into `label_names`, -1 for a note without a label; where a note may
+    have several (`multilabel`), those of all notes, note i's up to label_ends[i] (int64 [N]).
+    cohort_counts: what became of the rows that a cohort's rules went through, by reason; often {}.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -60,17 +63,21 @@ class TokenCache:
         _check_files(folder, meta)
         self.description: str = meta["description"]
         self.label_names: tuple[str, ...] = tuple(meta["label_names"])
+        self.multilabel: bool = meta["multilabel"]
+        self.cohort_counts: dict[str, int] = meta["cohort_counts"]
         notes = meta["notes"]
+        self._notes = notes
         self.tokens = self._map("tokens.bin", np.dtype(meta["token_dtype"]), meta["tokens"])
         self.offsets = self._map("offsets.bin", _FILES["offsets.bin"], notes + 1)
         self.text_digests = self._map("texts.bin", _FILES["texts.bin"], notes)
-        self.labels = self._map("labels.bin", _FILES["labels.bin"], notes)
+        self.labels = self._map("labels.bin", _FILES["labels.bin"], meta["labels"])
+        self.label_ends = self._map("label_ends.bin", _FILES["label_ends.bin"], notes)
         self.patient_digests: np.ndarray | None = None
         if meta["patients"]:
             self.patient_digests = self._map("patients.bin", _FILES["patients.bin"], notes)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return self._notes
 
     def tokens_of(self, note: int) -> np.ndarray:
         """The token ids of one note."""
@@ -86,6 +93,7 @@ class TokenCache:
 
         Raises ValueError for a note without a label, and for a label that `names` does not have.
         """
+        self._check_kind(multilabel=False)
         codes = np.asarray(self.labels[notes], np.int64)
         missing = int((codes < 0).sum())
         if missing:
@@ -105,6 +113,41 @@ class TokenCache:
                 f"of the {len(names)} known ones; correct the labels, or train on them too"
             )
         return codes
+
+    def label_matrix(self, notes: np.ndarray, names: Sequence[str] | None = None) -> np.ndarray:
+        """Which of `names` (default: the cache's own) each note has: float32 [n, C] of 0 and 1.
+
+        A label that `names` does not have is left out. Raises ValueError for notes of one label.
+        """
+        names = self.label_names if names is None else names
+        self._check_kind(multilabel=True)
+        known = {name: code for code, name in enumerate(names)}
+        translate = np.array([known.get(name, -1) for name in self.label_names], np.int64)
+        matrix = np.zeros((len(notes), len(names)), np.float32)
+        for at, note in enumerate(notes.tolist()):
+            codes = translate[self.labels[self._label_start(note) : self.label_ends[note]]]
+            matrix[at, codes[codes >= 0]] = 1.0
+        return matrix
+
+    def label_counts(self, notes: np.ndarray) -> np.ndarray:
+        """How many of the notes have each of `label_names`: int64 [C]."""
+        self._check_kind(multilabel=True)
+        parts = [self.labels[self._label_start(i) : self.label_ends[i]] for i in notes.tolist()]
+        codes = np.concatenate(parts) if parts else np.zeros(0, np.int32)
+        return np.bincount(codes, minlength=len(self.label_names))
+
+    def _label_start(self, note: int) -> int:
+        return int(self.label_ends[note - 1]) if note else 0
+
+    def _check_kind(self, *, multilabel: bool) -> None:
+        if len(self) and self.multilabel != multilabel:
+            here, wanted = (
+                ("several labels", "one") if self.multilabel else ("one label", "several")
+            )
+            raise ValueError(
+                f"{self.description}: a note has {here} here, and {wanted} where these are to be "
+                f"used; name notes of the same task"
+            )
 
     def _map(self, name: str, dtype: np.dtype, count: int) -> np.ndarray:
         path = self.folder / name
@@ -173,7 +216,10 @@ def _build(
                 writer.write(notes, encoded)
                 if progress is not None:
                     progress(writer.notes)
-            writer.finish()
+            if isinstance(source, CohortNotes):
+                writer.finish(label_list=source.label_list, cohort_counts=source.counts or {})
+            else:
+                writer.finish(label_list=(), cohort_counts={})
         os.fsync(lock)
         try:
             aside.rename(folder)
@@ -272,6 +318,8 @@ class _Writer:
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._tokens = 0
         self._patients: bool | None = None
+        self._multilabel: bool | None = None
+        self._labels = 0
         self._label_codes: dict[str, int] = {}
         self._files: dict[str, BinaryIO] = {
             name: stack.enter_context(open(folder / name, "xb", opener=_private))  # noqa: SIM115
@@ -283,17 +331,22 @@ class _Writer:
         self._append("tokens.bin", encoded.tokens.astype(self._dtype, copy=False))
         self._append("offsets.bin", self._tokens + np.cumsum(encoded.counts, dtype=np.int64))
         self._append("texts.bin", encoded.digests)
-        self._append("labels.bin", np.array([self._code(n.label) for n in notes], np.int32))
+        codes = [self._codes(note.label) for note in notes]
+        self._append("label_ends.bin", self._labels + np.cumsum([len(c) for c in codes]))
+        self._labels += sum(len(c) for c in codes)
+        self._append("labels.bin", np.array(list(itertools.chain(*codes)), np.int32))
         self._append("patients.bin", np.array(self._patient_digests(notes), "S16"))
         self._tokens += len(encoded.tokens)
         self.notes += len(notes)
 
-    def finish(self) -> None:
+    def finish(self, *, label_list: Sequence[str], cohort_counts: dict[str, int]) -> None:
         """Puts the label codes in the order of their names, syncs the files, writes the meta."""
+        for name in label_list:
+            self._code(name)
         names = sorted(self._label_codes, key=_label_order)
         for file in self._files.values():
             file.flush()
-        if names:
+        if self._labels:
             rank = np.empty(len(names) + 1, np.int32)
             rank[[self._label_codes[name] for name in names]] = np.arange(len(names))
             rank[-1] = -1
@@ -309,7 +362,10 @@ class _Writer:
             "tokens": self._tokens,
             "token_dtype": self._dtype.name,
             "patients": bool(self._patients),
+            "multilabel": bool(self._multilabel),
+            "labels": self._labels,
             "label_names": names,
+            "cohort_counts": cohort_counts,
         }
         for file in self._files.values():
             os.fsync(file.fileno())
@@ -322,9 +378,15 @@ class _Writer:
     def _append(self, name: str, values: np.ndarray) -> None:
         self._files[name].write(values.tobytes())
 
-    def _code(self, label: str | None) -> int:
+    def _codes(self, label: str | tuple[str, ...] | None) -> list[int]:
+        if self._multilabel is None:
+            self._multilabel = isinstance(label, tuple)
+        assert self._multilabel == isinstance(label, tuple), "one kind of label in a source"
         if label is None:
-            return -1
+            return [-1]
+        return [self._code(name) for name in ((label,) if isinstance(label, str) else label)]
+
+    def _code(self, label: str) -> int:
         if len(label) > LABEL_CHARACTERS:  # names of labels are written in plain; texts never are
             raise ValueError(
                 f"{self._description}: a label has {len(label)} characters, and at most "

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from data.general_text import write_general_text
-from data.mimic import open_mimic3
+from data.mimic import open_mimic
 from data.notes import open_notes
 from data.synthetic import make_cohort
 
@@ -96,7 +96,7 @@ def tokenizer_texts(texts: Path, work: Path) -> Iterator[str]:
     cohort = make_cohort(
         work / "cohort", patients=TOKENIZER["patients"], seed=TOKENIZER["cohort_seed"]
     )
-    for source in (open_mimic3(cohort / "mimic-iii"), open_notes(cohort / "mimic-iv-note")):
+    for source in (open_mimic(cohort / "mimic-iii"), open_notes(cohort / "mimic-iv-note")):
         for note in source:
             yield note.text
 

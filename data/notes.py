@@ -18,7 +18,7 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 LINE_LIMIT = 1 << 26  # bytes in a line, characters in a field: far above any note, far below memory
 # A gzip file that unpacks to more than BOMB_BYTES and BOMB_RATIO times its size is not notes: text
@@ -34,13 +34,14 @@ MIMIC_IV_NOTE = frozenset(
 class Note(NamedTuple):
     """One note; a source gives every note a patient or none, and a label only where it has one.
 
+    label: a class, or a tuple of labels, each once and possibly none, where a note has several.
     groups: what results are also told apart by, one value for each of the source's `group_names`
     (None where it is not known): a few categories such as sex or age band, never an identifier.
     """
 
     text: str
     patient: str | None = None
-    label: str | None = None
+    label: str | tuple[str, ...] | None = None
     groups: tuple[str | None, ...] = ()
 
 
@@ -60,6 +61,14 @@ class NoteSource(Protocol):
         Groups are none of it: they are read when results are told apart, never trained on.
         """
         ...
+
+
+@runtime_checkable
+class CohortNotes(NoteSource, Protocol):
+    """A source whose notes were chosen by rules, which can say how many each rule took out."""
+
+    counts: dict[str, int] | None  # by reason; None until one iteration has reached the end
+    label_list: tuple[str, ...]  # labels that stand for a class although no note may have them
 
 
 class Columns(NamedTuple):

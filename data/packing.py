@@ -178,6 +178,11 @@ class ClassificationNotes:
     def __len__(self) -> int:
         return len(self._notes)
 
+    @property
+    def multilabel(self) -> bool:
+        """Whether a note may have several of the labels."""
+        return self._targets is not None and self._targets.ndim == 2
+
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         """Tokens of each segment, BOS and EOS included: int64 [n]."""
         framing = len(self._bos) + len(self._eos)

@@ -140,8 +140,11 @@ def _special(tokenizer: Tokenizer) -> str:
 
 def _facts(cache: TokenCache, row: int) -> str:
     tokens = int(cache.lengths(np.array([row]))[0])
-    code = int(cache.labels[row])
-    label = "no label" if code < 0 else f"label {cache.label_names[code]!r}"
+    if cache.multilabel:
+        label = f"{int(cache.label_matrix(np.array([row])).sum())} labels"
+    else:
+        code = int(cache.labels[row])
+        label = "no label" if code < 0 else f"label {cache.label_names[code]!r}"
     patient = "no patient" if cache.patient_digests is None else "a patient"
     return f"{tokens:,} tokens, {label}, {patient}"
 

@@ -9,23 +9,35 @@ Invariant: the three sets are disjoint, and no patient and no text of training i
 """
 
 import csv
+import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from data.cache import TokenCache, digest
+from data.cache import digest
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
 LIST_LIMIT = 1 << 30  # bytes of a list, which is read whole
-UNLISTED = 3  # in no list: used nowhere
+UNLISTED, EXCLUDED = 3, 4  # in no list of patients, in the list of texts to leave out
+EXCLUSIONS_HEADER = "md5 of the text"
 
 _LIST_FILES = {
     TRAIN: ("train.csv",),
     VALIDATION: ("validation.csv", "val.csv"),
     TEST: ("test.csv",),
 }
+
+
+class Digests(Protocol):
+    """Notes to be split, by what decides it; a token cache is one."""
+
+    description: str
+    text_digests: np.ndarray  # S16 [N], MD5 of each text
+    patient_digests: np.ndarray | None  # S16 [N], MD5 of each patient
+
+    def __len__(self) -> int: ...
 
 
 class Splits(NamedTuple):
@@ -37,17 +49,23 @@ class Splits(NamedTuple):
     validation_duplicates: int  # held-out notes left out because their text is in training
     test_duplicates: int
     unlisted: int  # notes of patients in none of the lists
+    excluded: int  # notes that a list of texts leaves out
     rule: str  # one line for people
 
 
 def split_notes(
-    cache: TokenCache, *, lists: str | Path | None = None, test_share: float = 0.1
+    cache: Digests,
+    *,
+    lists: str | Path | None = None,
+    test_share: float = 0.1,
+    exclude: str | Path | None = None,
 ) -> Splits:
     """Splits the notes of a cache by patient lists, by patient, or by text, in this order.
 
     `lists` is a folder with train.csv, validation.csv (or val.csv) and test.csv, each one column of
     patient identifiers under a header. `test_share` is in tenths, 0.1 to 0.8; bucket 0 tests, then
-    9, 8 and so on. Raises ValueError for lists that overlap or match no patient.
+    9, 8 and so on. Notes whose text `exclude` lists (see write_exclusions) are used nowhere. Raises
+    ValueError for lists that overlap or match no patient.
     """
     if lists is not None:
         if cache.patient_digests is None:
@@ -61,9 +79,11 @@ def split_notes(
         unit = "text" if cache.patient_digests is None else "patient"
         use = bucket_use(test_share)[buckets(_unit_digests(cache))]
         rule = f"by {unit}, md5 modulo 10, test share {test_share:g}"
-    train, validation, test, unlisted = (
+    if exclude is not None:
+        use[_contained(np.asarray(cache.text_digests), read_exclusions(Path(exclude)))] = EXCLUDED
+    train, validation, test, unlisted, excluded = (
         np.flatnonzero(use == part).astype(np.uint32)
-        for part in (TRAIN, VALIDATION, TEST, UNLISTED)
+        for part in (TRAIN, VALIDATION, TEST, UNLISTED, EXCLUDED)
     )
     training_texts = cache.text_digests[train]
     training_texts.sort()
@@ -76,6 +96,7 @@ def split_notes(
         len(validation) - len(kept_validation),
         len(test) - len(kept_test),
         len(unlisted),
+        len(excluded),
         rule,
     )
 
@@ -100,7 +121,35 @@ def bucket_use(test_share: float) -> np.ndarray:
     return use
 
 
-def patient_groups(cache: TokenCache, notes: np.ndarray) -> np.ndarray:
+def write_exclusions(path: Path, digests: Iterable[bytes]) -> None:
+    """Writes a list of texts to leave out: their MD5 in hexadecimal, one a line under a header."""
+    lines = [EXCLUSIONS_HEADER, *sorted(digest.hex() for digest in digests)]
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(aside, "x", encoding="ascii") as file:
+            file.write("\n".join(lines) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_exclusions(path: Path) -> np.ndarray:
+    """Digests of the texts that a list leaves out, sorted: S16 [n]."""
+    try:
+        header, *lines = path.read_text(encoding="ascii").splitlines()
+        if header != EXCLUSIONS_HEADER or any(len(line) != 32 for line in lines):
+            raise ValueError
+        return np.sort(np.array([bytes.fromhex(line) for line in lines], "S16"))
+    except (OSError, ValueError):
+        raise ValueError(
+            f"--exclude {path}: not a list of notes to leave out; make it with python -m "
+            f"data.leaks --write"
+        ) from None
+
+
+def patient_groups(cache: Digests, notes: np.ndarray) -> np.ndarray:
     """One number per patient for each note, 0 and up: int64 [n]; per text without patients.
 
     Intervals resample these groups, since notes of one patient are not independent.
@@ -109,7 +158,7 @@ def patient_groups(cache: TokenCache, notes: np.ndarray) -> np.ndarray:
 
 
 def shared_notes(
-    cache: TokenCache, notes: np.ndarray, other: TokenCache, other_notes: np.ndarray
+    cache: Digests, notes: np.ndarray, other: Digests, other_notes: np.ndarray
 ) -> dict[str, int | None]:
     """How many of the notes the other notes tell about: by `text`, the same; by `patient`, theirs.
 
@@ -127,7 +176,7 @@ def shared_notes(
     return shared
 
 
-def _unit_digests(cache: TokenCache) -> np.ndarray:
+def _unit_digests(cache: Digests) -> np.ndarray:
     """Digests of what is split: patients, or texts where the source has no patients."""
     return cache.text_digests if cache.patient_digests is None else cache.patient_digests
 
@@ -145,7 +194,7 @@ def _contained(digests: np.ndarray, sorted_digests: np.ndarray) -> np.ndarray:
     return sorted_digests[at] == digests
 
 
-def _listed_use(cache: TokenCache, folder: Path) -> np.ndarray:
+def _listed_use(cache: Digests, folder: Path) -> np.ndarray:
     """What each note is for by its patient's list: uint8 [N]."""
     assert cache.patient_digests is not None
     known = np.unique(np.asarray(cache.patient_digests))

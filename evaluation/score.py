@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from data.cache import find_cache, tokenise
 from data.groups import read_groups
-from data.mimic import AdmissionNotes, open_mimic3
+from data.mimic import MULTILABEL_TASKS, TASKS, AdmissionNotes
 from data.notes import NoteSource, open_notes
 from data.packing import ClassificationNotes, LanguagePieces
 from data.splits import patient_groups, shared_notes, split_notes
@@ -53,6 +53,7 @@ from training.assemble import (
     has_same_lists,
     load_notes,
     make_dataset,
+    open_cohort,
     open_source,
     restore,
 )
@@ -260,10 +261,13 @@ def _score_classifier(
         return _Scored(labels, logits, dataset.truncated)
 
     test = scored(notes, rows, config.predict is None)
-    chances = probabilities(test.logits, multilabel=test.labels.ndim == 2)
+    multilabel = finished.config.task in MULTILABEL_TASKS
+    chances = probabilities(test.logits, multilabel=multilabel)
     results = _what_was_scored(finished, opened) | {"truncated": test.truncated}
     if config.predict is not None:
-        write_predictions(Path(config.predict), rows, chances, finished.label_names)
+        write_predictions(
+            Path(config.predict), rows, chances, finished.label_names, multilabel=multilabel
+        )
         return results | {"n": len(rows), "predictions": config.predict}
 
     has_patients = notes.cache.patient_digests is not None
@@ -416,7 +420,7 @@ def _open(config: ScoreConfig, finished: FinishedRun) -> Opened:
         return Opened(source, notes, split, getattr(notes.splits, split), notes, place)
     data = Path(config.data)
     _check_not_the_notes(config.predict, data)
-    if run.task == "mor" and data.is_dir():
+    if run.task in TASKS and data.is_dir():
         for flag, named in (
             ("--text-column", config.text_column),
             ("--label-column", config.label_column),
@@ -425,7 +429,7 @@ def _open(config: ScoreConfig, finished: FinishedRun) -> Opened:
         ):
             if named:
                 raise ValueError(f"{flag} names a column of a table, but {data} is a MIMIC folder")
-        source = open_mimic3(data, "mor", spill_folder=cache_folder(run))
+        source = open_cohort(run, data)
     else:
         labelled = config.predict is None
         source = open_notes(

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from data.cache import TokenCache, tokenise
-from data.mimic import open_mimic3
+from data.mimic import TASKS, open_mimic
 from data.notes import NoteSource, open_notes
 from data.packing import ClassificationNotes, LanguagePieces, length_quantiles
 from data.splits import Splits, split_notes
@@ -42,7 +42,7 @@ from model.checkpoint import (
 )
 from model.config import DecoderConfig, EncoderConfig, read_config, read_decoder_config
 from model.decoder import Decoder, init_weights
-from model.files import check_files, folder_digest, open_safetensors
+from model.files import check_files, file_digest, folder_digest, open_safetensors
 from model.heads import CausalLM, Classifier, Model
 from training.config import AUTO, BaseDtype, RunConfig, from_dict
 from training.run_folder import HEAD_FILE, RUN_FILE, read_record
@@ -75,6 +75,8 @@ class Notes:
             "validation_notes_left_out": splits.validation_duplicates,
             "test_notes_left_out": splits.test_duplicates,
             "unlisted_notes": splits.unlisted,
+            "excluded_notes": splits.excluded,
+            "cohort": self.cache.cohort_counts,
             "train_tokens": int(self.cache.lengths(splits.train).sum()),
             "note_length": length_quantiles(self.cache, splits.train),
         }
@@ -104,10 +106,8 @@ def open_source(config: RunConfig, group_columns: Sequence[str] = ()) -> NoteSou
     data = Path(config.data)
     if data.parent == Path(SYNTHETIC_COHORT):
         make_cohort(SYNTHETIC_COHORT)
-    if config.task == "mor":
-        private = cache_folder(config)
-        private.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return open_mimic3(data, "mor", spill_folder=private)
+    if config.task in TASKS:
+        return open_cohort(config, data)
     return open_notes(
         data,
         text_column=config.text_column,
@@ -115,6 +115,14 @@ def open_source(config: RunConfig, group_columns: Sequence[str] = ()) -> NoteSou
         patient_column=config.patient_column,
         group_columns=group_columns,
     )
+
+
+def open_cohort(config: RunConfig, data: Path) -> NoteSource:
+    """Admission notes of a MIMIC folder with the labels of the run's task, by its rules."""
+    assert config.task is not None
+    private = cache_folder(config)
+    private.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return open_mimic(data, config.task, paper=config.cohort == "paper", spill_folder=private)
 
 
 def cache_folder(config: RunConfig) -> Path:
@@ -130,11 +138,17 @@ def load_notes(config: RunConfig, tokenizer: Tokenizer | None = None) -> Notes:
         tokenizer = load_tokenizer(config.model, config.tokenizer_preset)
     source = open_source(config)
     cache = tokenise(source, tokenizer, cache_folder=cache_folder(config), workers=config.workers)
-    splits = split_notes(cache, lists=config.splits, test_share=config.test_share)
+    splits = split_notes(
+        cache, lists=config.splits, test_share=config.test_share, exclude=config.exclude
+    )
     label_names = cache.label_names if config.stage == "downstream" else ()
+    if cache.multilabel and config.cohort == "correct":  # what nobody shows cannot be learned
+        counts = cache.label_counts(splits.train)
+        label_names = tuple(np.array(label_names, object)[counts > 0])
     if config.stage == "downstream" and len(label_names) < 2:
         raise ValueError(
-            f"{config.data} has {len(label_names)} different labels; a classifier needs at least 2"
+            f"{config.data} has {len(label_names)} different labels in {len(cache):,} notes; a "
+            "classifier needs at least 2"
         )
     return Notes(tokenizer, cache, splits, label_names, source.fingerprint())
 
@@ -167,8 +181,15 @@ def make_dataset(
         bos_id=notes.tokenizer.bos_id,
         eos_id=notes.tokenizer.eos_id if notes.tokenizer.closes_notes else None,
         truncate=config.truncate,
-        targets=notes.cache.label_codes(rows, label_names) if is_labelled else None,
+        targets=_targets(notes, rows, label_names or notes.label_names) if is_labelled else None,
     )
+
+
+def _targets(notes: Notes, rows: np.ndarray, label_names: tuple[str, ...]) -> np.ndarray:
+    """What a classifier answers of each note: int64 [n], or float32 [n, C] of several labels."""
+    if notes.cache.multilabel:
+        return notes.cache.label_matrix(rows, label_names)
+    return notes.cache.label_codes(rows, label_names)
 
 
 def validation_rows(config: RunConfig, notes: Notes) -> np.ndarray:
@@ -438,6 +459,7 @@ def fingerprints(config: RunConfig, notes: Notes) -> dict[str, str | None]:
         if init is None
         else folder_digest(init_adapter_folder(Path(init)), WEIGHT_FILES),
         "splits": None if splits is None else folder_digest(Path(splits), (".csv",)),
+        "exclude": None if config.exclude is None else file_digest(Path(config.exclude)),
     }
 
 

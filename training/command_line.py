@@ -21,6 +21,7 @@ from typing import Any, TypeVar, cast
 
 import yaml
 
+from data import mimic
 from model.files import read_json
 from training.config import Adapter, RunConfig, Stage, from_dict, to_dict
 from training.run_folder import RUN_FILE
@@ -466,8 +467,12 @@ def why_unused(flag: str, config: RunConfig) -> str | None:
         reason = f"a setting of --stage downstream, but --stage is {config.stage}"
     elif flag == "--label-column" and config.task != "label":
         reason = "a setting of --stage downstream --task label"
-    elif flag in ("--text-column", "--patient-column") and config.task == "mor":
-        reason = "a setting of tables, but --task mor reads the columns of MIMIC-III"
+    elif flag in ("--text-column", "--patient-column") and config.task in mimic.TASKS:
+        reason = f"a setting of tables, but --task {config.task} reads the columns of MIMIC"
+    elif flag == "--cohort" and config.task not in mimic.TASKS:
+        reason = f"a setting of the MIMIC tasks {', '.join(mimic.TASKS)}"
+    elif flag == "--class-weights" and config.task in mimic.MULTILABEL_TASKS:
+        reason = f"a setting of one label a note, but --task {config.task} has several"
     elif flag == "--test-share" and config.splits is not None:
         reason = "not used when --splits lists the patients of the test"
     return reason

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Stage = Literal["pretrain", "clinical", "downstream"]
-Task = Literal["mor", "label"]
+Task = Literal["pmv", "mor", "los", "diag", "proc", "label"]
 Adapter = Literal["lora", "prompt", "prefix", "p-tuning", "adaption-prompt", "none", "full"]
 BaseDtype = Literal["float32", "bfloat16", "int8"]
 States = Literal["float32", "int8"]
@@ -187,7 +187,11 @@ class RunConfig:
     stage: Stage
     """What is done: pretrain trains a base, clinical adapts one to notes, downstream classifies."""
     task: Task | None = None
-    """Downstream only: mor (in-hospital mortality, MIMIC-III) or label (a column of a table)."""
+    """Downstream only. Of a MIMIC folder: pmv (prolonged ventilation), mor (in-hospital mortality),
+    los (length of stay), diag, proc (diagnosis and procedure groups); or label, a table's column.
+    """
+    cohort: Literal["correct", "paper"] = "correct"
+    """MIMIC tasks: paper builds notes and labels with the published quirks (docs/cohorts.md)."""
 
     model: str | None = None
     """Folder of the base model: config.json, safetensors, tokenizer."""
@@ -210,6 +214,8 @@ class RunConfig:
     """Column of the patients' ids, which then decide the split."""
     splits: str | None = None
     """Folder with one list of patient ids per split: train.csv, validation.csv, test.csv."""
+    exclude: str | None = None
+    """Notes to leave out: the list that python -m data.leaks --write made."""
     test_share: float = 0.1
     """Share of patients (or texts) held out for the test, in tenths."""
     max_length: int = 512
@@ -248,7 +254,7 @@ class RunConfig:
     """Highest learning rate."""
     optim: OptimSettings = field(default_factory=OptimSettings)
     class_weights: bool = True
-    """Downstream only: weigh classes by N / (K * count) in the training loss."""
+    """Downstream only, one label a note: weigh classes by N / (K * count) in the training loss."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, more time."""
     shard: bool = False
@@ -336,7 +342,8 @@ class RunConfig:
     def _check_stage(self) -> None:
         if self.stage == "downstream":
             if self.task is None:
-                raise ValueError("--stage downstream needs --task: mor or label")
+                tasks = ", ".join(typing.get_args(Task))
+                raise ValueError(f"--stage downstream needs --task: one of {tasks}")
             if self.task == "label" and self.label_column is None:
                 raise ValueError("--task label needs --label-column, the column of the labels")
         elif self.task is not None:

@@ -26,7 +26,8 @@ _PACKAGES = ("torch", "triton", "numpy", "safetensors", "sentencepiece", "tokeni
 # Settings that a resumed run may change. They say where things lie, which the fingerprints check by
 # content instead, and what is kept.
 _FREE_ON_RESUME = {
-    "model", "data", "init_adapter", "splits", "cache_dir", "workers", "device", "out", "shard",
+    "model", "data", "init_adapter", "splits", "exclude", "cache_dir", "workers", "device", "out",
+    "shard",
     "checkpoint_every", "keep_checkpoints", "keep",
 }  # fmt: skip
 

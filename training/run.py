@@ -286,12 +286,15 @@ def make_objective(
         return LanguageModelling(
             model, device, gradient_checkpointing=config.gradient_checkpointing
         )
-    labels = notes.cache.label_codes(notes.splits.train)
-    counts = np.bincount(labels, minlength=len(notes.label_names))
+    class_weights = None
+    if config.class_weights and not notes.cache.multilabel:
+        labels = notes.cache.label_codes(notes.splits.train)
+        counts = np.bincount(labels, minlength=len(notes.label_names))
+        class_weights = balanced_class_weights(counts)
     return Classification(
         model,
         device,
-        class_weights=balanced_class_weights(counts) if config.class_weights else None,
+        class_weights=class_weights,
         gradient_checkpointing=config.gradient_checkpointing,
     )
 
@@ -366,6 +369,10 @@ def _introduce(
         f"notes: {counts['train_notes']:,} train, {counts['validation_notes']:,} validate, "
         f"{counts['test_notes']:,} test ({record['split']})"
     )
+    for reason, count in counts["cohort"].items():
+        progress.say(f"cohort: {count:,} {reason}")
+    if counts["excluded_notes"]:
+        progress.say(f"notes: {counts['excluded_notes']:,} left out, listed by {config.exclude}")
     left_out = counts["validation_notes_left_out"] + counts["test_notes_left_out"]
     if left_out:
         progress.say(f"notes: {left_out:,} held-out ones left out, whose text is also in training")

@@ -16,7 +16,7 @@ from data.packing import ClassificationNotes, LanguagePieces
 from training.objective import Classification, LanguageModelling
 from training.parallel import Ranks
 
-# (labels int64 [n], logits float64 [n, C], names of the C classes) -> numbers by name.
+# (labels int64 [n] or [n, C], logits float64 [n, C], names of the C classes) -> numbers by name.
 Score = Callable[[np.ndarray, np.ndarray, Sequence[str]], Mapping[str, float]]
 
 
@@ -53,16 +53,19 @@ def validate_classifier(
     label_names: Sequence[str],
     score: Score | None,
 ) -> dict[str, float]:
-    """Mean loss per note, every note weighing the same, and what `score` says.
+    """Mean loss per note (per note and label), all weighing the same, and what `score` says.
 
     rows: [n], the notes' rows in the cache.
     """
     labels, logits_nC = classifier_logits(
         objective, notes, rows, ranks, micro_tokens=micro_tokens, n_classes=len(label_names)
     )
-    highest = logits_nC.max(axis=1)
-    partition = highest + np.log(np.exp(logits_nC - highest[:, None]).sum(axis=1))
-    loss = float((partition - logits_nC[np.arange(len(rows)), labels]).mean())
+    if labels.ndim == 2:
+        loss = float((np.logaddexp(0.0, logits_nC) - labels * logits_nC).mean())
+    else:
+        highest = logits_nC.max(axis=1)
+        partition = highest + np.log(np.exp(logits_nC - highest[:, None]).sum(axis=1))
+        loss = float((partition - logits_nC[np.arange(len(rows)), labels]).mean())
     return {"loss": loss, **(score(labels, logits_nC, label_names) if score else {})}
 
 
@@ -78,9 +81,11 @@ def classifier_logits(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Labels int64 [n] (zeros where the notes have none) and logits float64 [n, C], on every rank.
 
+    Where notes have several labels these are int64 [n, C] of 0 and 1.
     rows: [n], the notes' rows in the cache, in the order that is wanted.
     """
-    labels, logits_nC = np.zeros(len(rows), np.int64), np.zeros((len(rows), n_classes))
+    logits_nC = np.zeros((len(rows), n_classes))
+    labels = np.zeros(logits_nC.shape if notes.multilabel else len(rows), np.int64)
     by_row = np.argsort(rows)
     batches = iter_batches(
         notes, micro_tokens=micro_tokens, rank=ranks.rank, world_size=ranks.count

@@ -15,6 +15,7 @@ from data import mimic, synthetic
 from data.cache import tokenise
 from data.notes import Note
 from data.splits import split_notes
+from data.tables import COLUMNS
 from tests.data.conftest import CharacterTokenizer
 
 duckdb = pytest.importorskip("duckdb", reason="the optional library duckdb is absent")
@@ -34,7 +35,7 @@ def facts(cohort: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def notes(cohort: Path) -> list[Note]:
-    return list(mimic.open_mimic3(cohort / "mimic-iii"))
+    return list(mimic.open_mimic(cohort / "mimic-iii"))
 
 
 ADMISSION = {
@@ -52,7 +53,7 @@ SUMMARY = {
 def write_table(path: Path, name: str, rows: list[dict[str, str]]) -> None:
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "wt", encoding="utf-8", newline="") as file:
-        columns = mimic.COLUMNS[name].split()
+        columns = COLUMNS[name].split()
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -71,7 +72,7 @@ def write_mimic3(
 
 
 def read(folder: Path) -> tuple[list[Note], dict[str, int]]:
-    source = mimic.open_mimic3(folder)
+    source = mimic.open_mimic(folder)
     notes = list(source)
     assert source.counts is not None
     kept = {name: count for name, count in source.counts.items() if count}
@@ -84,7 +85,7 @@ def read(folder: Path) -> tuple[list[Note], dict[str, int]]:
 def test_labels_and_patients_equal_the_generators_row_for_row(
     cohort: Path, facts: dict, notes: list[Note]
 ) -> None:
-    source = mimic.open_mimic3(cohort / "mimic-iii")
+    source = mimic.open_mimic(cohort / "mimic-iii")
     assert source.admission_ids().tolist() == facts["mor"]["hadm_id"]
     assert [note.label for note in notes] == [str(died) for died in facts["mor"]["died"]]
     with gzip.open(cohort / "mimic-iii" / "ADMISSIONS.csv.gz", "rt", newline="") as file:
@@ -94,7 +95,7 @@ def test_labels_and_patients_equal_the_generators_row_for_row(
 
 
 def test_exclusions_equal_what_the_generator_planted(cohort: Path, facts: dict) -> None:
-    source = mimic.open_mimic3(cohort / "mimic-iii")
+    source = mimic.open_mimic(cohort / "mimic-iii")
     assert source.counts is None
     list(source)
     assert source.counts == facts["admissions"]
@@ -105,14 +106,14 @@ def test_exclusions_equal_what_the_generator_planted(cohort: Path, facts: dict) 
 def test_known_risk_is_the_generators_and_absent_elsewhere(
     cohort: Path, facts: dict, tmp_path: Path
 ) -> None:
-    risk = mimic.open_mimic3(cohort / "mimic-iii").known_risk()
+    risk = mimic.open_mimic(cohort / "mimic-iii").known_risk()
     assert risk is not None and risk.dtype == np.float64
     assert risk.tolist() == facts["mor"]["risk"]
     folder = write_mimic3(tmp_path / "mimic-iii", [{}], [{}])
-    assert mimic.open_mimic3(folder).known_risk() is None
+    assert mimic.open_mimic(folder).known_risk() is None
     (tmp_path / "cohort.json").write_bytes((cohort / "cohort.json").read_bytes())
     with pytest.raises(ValueError, match="does not belong"):
-        mimic.open_mimic3(folder).known_risk()
+        mimic.open_mimic(folder).known_risk()
 
 
 def test_notes_hold_the_eight_sections_and_nothing_later(notes: list[Note]) -> None:
@@ -125,7 +126,7 @@ def test_notes_hold_the_eight_sections_and_nothing_later(notes: list[Note]) -> N
 
 
 def test_patients_never_cross_a_split(cohort: Path, notes: list[Note], tmp_path: Path) -> None:
-    source = mimic.open_mimic3(cohort / "mimic-iii")
+    source = mimic.open_mimic(cohort / "mimic-iii")
     cache = tokenise(source, CharacterTokenizer(), cache_folder=tmp_path, workers=1)
     assert len(cache) == len(notes)
     splits = split_notes(cache)
@@ -146,16 +147,16 @@ def test_crlf_and_lower_case_give_the_same_notes(
         header, _, rest = raw.partition(b"\n")
         changed = b"\xef\xbb\xbf" + header.lower() + b"\n" + rest
         (tmp_path / f"{name.lower()}.csv").write_bytes(changed.replace(b"\n", b"\r\n"))
-    source = mimic.open_mimic3(tmp_path)
+    source = mimic.open_mimic(tmp_path)
     assert list(source) == notes
-    assert source.fingerprint() != mimic.open_mimic3(cohort / "mimic-iii").fingerprint()
+    assert source.fingerprint() != mimic.open_mimic(cohort / "mimic-iii").fingerprint()
 
 
 def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
-    one = mimic.open_mimic3(write_mimic3(tmp_path / "a", [{}], [{}])).fingerprint()
-    same = mimic.open_mimic3(write_mimic3(tmp_path / "b", [{}], [{}])).fingerprint()
+    one = mimic.open_mimic(write_mimic3(tmp_path / "a", [{}], [{}])).fingerprint()
+    same = mimic.open_mimic(write_mimic3(tmp_path / "b", [{}], [{}])).fingerprint()
     label = [{"HOSPITAL_EXPIRE_FLAG": "1"}]
-    other = mimic.open_mimic3(write_mimic3(tmp_path / "c", label, [{}])).fingerprint()
+    other = mimic.open_mimic(write_mimic3(tmp_path / "c", label, [{}])).fingerprint()
     assert one == same != other and len(one) == 64
 
 
@@ -325,7 +326,7 @@ def test_a_damaged_noteevents_is_refused_without_repeating_it(
     spill = tmp_path / "spill"
     spill.mkdir()
     with pytest.raises(ValueError, match=message) as caught:
-        list(mimic.open_mimic3(tmp_path, spill_folder=spill))
+        list(mimic.open_mimic(tmp_path, spill_folder=spill))
     shown = "".join(traceback.format_exception(caught.value))
     assert SECRET not in shown and "NOTEEVENTS" in shown
     assert list(spill.iterdir()) == []
@@ -333,7 +334,7 @@ def test_a_damaged_noteevents_is_refused_without_repeating_it(
 
 @pytest.mark.parametrize("table", ["NOTEEVENTS", "ADMISSIONS"])
 def test_a_gzip_cut_short_or_changed_is_refused(cohort: Path, tmp_path: Path, table: str) -> None:
-    for name in mimic.COLUMNS:
+    for name in ("NOTEEVENTS", "ADMISSIONS"):
         raw = (cohort / "mimic-iii" / f"{name}.csv.gz").read_bytes()
         (tmp_path / f"{name}.csv.gz").write_bytes(raw)
     path = tmp_path / f"{table}.csv.gz"
@@ -343,7 +344,7 @@ def test_a_gzip_cut_short_or_changed_is_refused(cohort: Path, tmp_path: Path, ta
     for damaged in (whole[: len(whole) // 2], whole[:-4], bytes(flipped), b"not gzip"):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"cut short or damaged|not a whole gzip"):
-            list(mimic.open_mimic3(tmp_path))
+            list(mimic.open_mimic(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -361,31 +362,31 @@ def test_impossible_admissions_are_refused(
 ) -> None:
     folder = write_mimic3(tmp_path, [{}, {"HADM_ID": "101"} | row], [{}])
     with pytest.raises(ValueError, match=message):
-        list(mimic.open_mimic3(folder))
+        list(mimic.open_mimic(folder))
 
 
 def test_missing_and_doubled_tables_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a folder"):
-        mimic.open_mimic3(tmp_path / "nowhere")
+        mimic.open_mimic(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"holds no ADMISSIONS\.csv\.gz"):
-        mimic.open_mimic3(tmp_path)
+        mimic.open_mimic(tmp_path)
     folder = write_mimic3(tmp_path / "mimic-iii", [{}], [{}])
     (folder / "noteevents.csv.gz").write_bytes(gzip.compress(b""))
     with pytest.raises(ValueError, match="NOTEEVENTS more than once"):
-        mimic.open_mimic3(folder)
-    with pytest.raises(ValueError, match="unknown MIMIC-III task 'age'; known: mor"):
-        mimic.open_mimic3(folder, "age")
+        mimic.open_mimic(folder)
+    with pytest.raises(ValueError, match="unknown MIMIC task 'age'; known: pmv, mor"):
+        mimic.open_mimic(folder, "age")
 
 
 def test_without_duckdb_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "duckdb", None)
     with pytest.raises(ValueError, match=r"pip install -e \.\[mimic\]"):
-        mimic.open_mimic3(write_mimic3(tmp_path, [{}], [{}]))
+        mimic.open_mimic(write_mimic3(tmp_path, [{}], [{}]))
 
 
 def test_waiting_texts_have_no_name_on_disk(cohort: Path, tmp_path: Path) -> None:
-    reader = iter(mimic.open_mimic3(cohort / "mimic-iii", spill_folder=tmp_path))
+    reader = iter(mimic.open_mimic(cohort / "mimic-iii", spill_folder=tmp_path))
     next(reader)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(FileNotFoundError):  # the folder is the one that is used
-        next(iter(mimic.open_mimic3(cohort / "mimic-iii", spill_folder=tmp_path / "nowhere")))
+        next(iter(mimic.open_mimic(cohort / "mimic-iii", spill_folder=tmp_path / "nowhere")))

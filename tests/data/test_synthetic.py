@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import conditions, synthetic
+from data import conditions, synthetic, synthetic_patients, synthetic_text
 from data.general_text import write_general_text
+from data.synthetic_patients import expected_auroc
 
 # Written out here, not taken from the generator: the tables' columns as the two releases have them.
 COLUMNS = {
@@ -30,6 +31,14 @@ COLUMNS = {
     '"FIRST_CAREUNIT","LAST_CAREUNIT","FIRST_WARDID","LAST_WARDID","INTIME","OUTTIME","LOS"',
     "mimic-iii/DIAGNOSES_ICD": '"ROW_ID","SUBJECT_ID","HADM_ID","SEQ_NUM","ICD9_CODE"',
     "mimic-iii/PROCEDURES_ICD": '"ROW_ID","SUBJECT_ID","HADM_ID","SEQ_NUM","ICD9_CODE"',
+    "mimic-iii/D_ICD_DIAGNOSES": '"ROW_ID","ICD9_CODE","SHORT_TITLE","LONG_TITLE"',
+    "mimic-iii/CHARTEVENTS": '"ROW_ID","SUBJECT_ID","HADM_ID","ICUSTAY_ID","ITEMID","CHARTTIME",'
+    '"STORETIME","CGID","VALUE","VALUENUM","VALUEUOM","WARNING","ERROR","RESULTSTATUS","STOPPED"',
+    "mimic-iii/PROCEDUREEVENTS_MV": '"ROW_ID","SUBJECT_ID","HADM_ID","ICUSTAY_ID","STARTTIME",'
+    '"ENDTIME","ITEMID","VALUE","VALUEUOM","LOCATION","LOCATIONCATEGORY","STORETIME","CGID",'
+    '"ORDERID","LINKORDERID","ORDERCATEGORYNAME","SECONDARYORDERCATEGORYNAME",'
+    '"ORDERCATEGORYDESCRIPTION","ISOPENBAG","CONTINUEINNEXTDEPT","CANCELREASON",'
+    '"STATUSDESCRIPTION","COMMENTS_EDITEDBY","COMMENTS_CANCELEDBY","COMMENTS_DATE"',
     "mimic-iv-note/note/discharge": "note_id,subject_id,hadm_id,note_type,note_seq,charttime,"
     "storetime,text",
     "mimic-iv-note/note/radiology": "note_id,subject_id,hadm_id,note_type,note_seq,charttime,"
@@ -59,9 +68,11 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def drawn(patients: int) -> list[synthetic.Patient]:
+def drawn(patients: int) -> list[synthetic_patients.Patient]:
     ids = itertools.count(1)
-    return [synthetic.draw_patient(random.Random(f"test {i}"), i, ids) for i in range(patients)]
+    return [
+        synthetic_patients.draw_patient(random.Random(f"test {i}"), i, ids) for i in range(patients)
+    ]
 
 
 def test_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
@@ -69,6 +80,7 @@ def test_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Path) 
     assert first == digests(synthetic.make_cohort(tmp_path / "b", patients=20, seed=1))
     other = digests(synthetic.make_cohort(tmp_path / "c", patients=20, seed=2))
     assert first.keys() == other.keys() == {f"{name}.csv.gz" for name in COLUMNS} | {"cohort.json"}
+    del first["mimic-iii/D_ICD_DIAGNOSES.csv.gz"]  # a dictionary, the same in every cohort
     assert not set(first.values()) & set(other.values())
     for path in (tmp_path / "a").rglob("*.gz"):
         assert path.read_bytes()[3:8] == bytes(5)  # no name and no time in the header
@@ -165,7 +177,7 @@ def test_the_recorded_outcomes_are_those_of_the_tables(cohort: Path) -> None:
 def test_the_best_auroc_and_the_death_rate_are_as_documented() -> None:
     admissions = [a for patient in drawn(4000) for a in patient.admissions]
     risk = np.array([a.risk for a in admissions])
-    assert 0.85 < synthetic.expected_auroc(risk) < 0.88
+    assert 0.85 < expected_auroc(risk) < 0.88
     assert 0.19 < np.mean([a.died for a in admissions]) < 0.26
     # Calibrated: the law of the draw is the recorded risk.
     error = (np.array([a.died for a in admissions]) - risk) / np.sqrt(risk * (1 - risk))
@@ -179,9 +191,9 @@ def test_expected_auroc_is_the_mean_over_all_outcomes() -> None:
         weight = risk[i] * (1 - risk[j])
         positive += weight * ((risk[i] > risk[j]) + 0.5 * (risk[i] == risk[j]))
         negative += weight
-    assert synthetic.expected_auroc(risk) == pytest.approx(positive / negative, abs=1e-12)
-    assert synthetic.expected_auroc(np.full(9, 0.3)) == pytest.approx(0.5, abs=1e-12)
-    assert synthetic.expected_auroc(np.array([0.0, 0.0, 1.0])) == pytest.approx(1.0, abs=1e-12)
+    assert expected_auroc(risk) == pytest.approx(positive / negative, abs=1e-12)
+    assert expected_auroc(np.full(9, 0.3)) == pytest.approx(0.5, abs=1e-12)
+    assert expected_auroc(np.array([0.0, 0.0, 1.0])) == pytest.approx(1.0, abs=1e-12)
 
 
 def decoded_risk(sections: dict[str, str]) -> float:
@@ -200,7 +212,7 @@ def decoded_risk(sections: dict[str, str]) -> float:
     age = re.match(r"(\d+|\[\*\*Age over 90 \*\*\]) ", present)
     assert age
     years = int(age[1]) if age[1].isdigit() else 91
-    return synthetic.death_risk(years, acute, severity, complications, chronic)
+    return synthetic_patients.death_risk(years, acute, severity, complications, chronic)
 
 
 def test_the_words_of_a_note_tell_the_risk_and_never_the_outcome() -> None:
@@ -208,11 +220,11 @@ def test_the_words_of_a_note_tell_the_risk_and_never_the_outcome() -> None:
     for patient in drawn(400):
         rng = random.Random(f"words {patient.subject_id}")
         for admission in patient.admissions:
-            marks = synthetic.BracketMarks(rng)
-            sections = synthetic.admission_sections(rng, marks, patient, admission)
+            marks = synthetic_text.BracketMarks(rng)
+            sections = synthetic_text.admission_sections(rng, marks, patient, admission)
             assert decoded_risk(sections) == pytest.approx(admission.risk, abs=1e-6)
             assert not told.search("\n".join(sections.values()))
-            summary = synthetic.discharge_summary(rng, marks, patient, admission, sections)
+            summary = synthetic_text.discharge_summary(rng, marks, patient, admission, sections)
             assert bool(told.search(summary)) == admission.died
 
 

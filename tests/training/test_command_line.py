@@ -156,7 +156,7 @@ REFUSED = {
         ["--stage", "downstream", "--label-column", "x"],
         "a setting of --stage downstream --task label",
     ),
-    "column of mor": (["--stage", "downstream", "--text-column", "x"], "columns of MIMIC-III"),
+    "column of mor": (["--stage", "downstream", "--text-column", "x"], "columns of MIMIC"),
     "share beside lists": (
         [*LABEL, "--splits", "S", "--test-share", "0.2"],
         "not used when --splits",
