@@ -33,9 +33,18 @@ _LIST_FILES = {
 class Digests(Protocol):
     """Notes to be split, by what decides it; a token cache is one."""
 
-    description: str
-    text_digests: np.ndarray  # S16 [N], MD5 of each text
-    patient_digests: np.ndarray | None  # S16 [N], MD5 of each patient
+    @property
+    def description(self) -> str: ...
+
+    @property
+    def text_digests(self) -> np.ndarray:
+        """MD5 of each text: S16 [N]."""
+        ...
+
+    @property
+    def patient_digests(self) -> np.ndarray | None:
+        """MD5 of each patient: S16 [N]; None where the notes have none."""
+        ...
 
     def __len__(self) -> int: ...
 
