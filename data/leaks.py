@@ -5,10 +5,10 @@
 
 MIMIC-III and MIMIC-IV share the years 2008 to 2012, and no public list says which patients are the
 same. So a note of the corpus is taken for a leak in one of two ways: its patient's identifier is
-that of a test patient (which says something only where both come from one release), or it holds
-half of the word shingles of a test note, or lies by half in one. A shingle is eight words in a row;
-masks of either release ([**...**], ___) are no words, and a shingle of many test notes, which is a
-template's, does not count.
+that of a test patient (which says something only where both come from one release), or it has a
+third of the word shingles of the shorter of the two in common with a test note. A shingle is six
+words in a row; masks of either release ([**...**], ___) are no words, and a shingle of many test
+notes, which is a template's, does not count.
 
 Invariant: counts are reported, and the list holds digests of notes of the corpus; no text and no
 identifier, not even a patient's digest, which could be undone by trying all identifiers.
@@ -32,8 +32,8 @@ from data.mimic import TASKS, open_mimic
 from data.notes import NoteSource, open_notes
 from data.splits import split_notes, write_exclusions
 
-SHINGLE_WORDS = 8
-SHARE = 0.5  # of the shingles of either note
+SHINGLE_WORDS = 6
+SHARE = 0.35  # of the shingles of the shorter note; the borders of sections cost some
 FEWEST = 8  # shingles in common that are no chance
 TEMPLATE_NOTES = 20  # a shingle of more test notes than this is a template's
 SAY_EVERY = 15.0  # seconds
@@ -67,7 +67,7 @@ class NoteDigests(NamedTuple):
 
 
 def shingles(text: str) -> np.ndarray:
-    """Hashes of every run of eight words, each once: uint64 [n], ascending."""
+    """Hashes of every run of six words, each once: uint64 [n], ascending."""
     words = _WORD.findall(_MASK.sub(" ", text).lower())
     codes = np.fromiter((zlib.crc32(word.encode()) for word in words), np.uint64, len(words))
     count = len(codes) - SHINGLE_WORDS + 1
@@ -107,7 +107,7 @@ class TestNotes:
         return int(self._told.sum())
 
     def shares_text(self, text: str) -> bool:
-        """Whether a text holds half of a test note's shingles, or half of its own are one's."""
+        """Whether a text has enough of its shingles, or of a test note's, in common with one."""
         own = shingles(text)
         first = np.searchsorted(self._hashes, own, side="left")
         counts = np.searchsorted(self._hashes, own, side="right") - first

@@ -75,14 +75,14 @@ def test_other_patients_of_the_same_hospital_are_no_leak(cohort: Path, tmp_path:
     source = mimic.open_mimic(cohort / "mimic-iii")
     found = leaks.find_leaks(open_notes(cohort / "mimic-iv-note"), source)
     assert found.same_patient == 0
-    assert found.same_text <= 0.02 * found.corpus_notes and found.corpus_notes > 200
+    assert found.same_text == 0 and found.corpus_notes > 200
 
 
 def test_shingles_skip_masks_and_case() -> None:
     ours = "Pt [**Name 1**] was seen in the clinic with chest pain and fever on [**2-1**] today"
     theirs = "pt ___ was seen in the CLINIC with chest pain, and fever on ___ today"
     assert np.array_equal(leaks.shingles(ours), leaks.shingles(theirs))
-    assert len(leaks.shingles(ours)) == 13 - 8 + 1
+    assert len(leaks.shingles(ours)) == 13 - 6 + 1
     assert not len(np.intersect1d(leaks.shingles(ours), leaks.shingles(ours[::-1])))
     assert len(leaks.shingles("too short")) == 0
 
