@@ -131,7 +131,7 @@ def _through_normalise(
     dtotal = None if dtotal is None else _rows(dtotal)
     count, width = x.shape
     # A frozen weight needs no sums over rows: a program for each row.
-    rows = triton.cdiv(count, _PARTS) if needs_dweight else 1
+    rows = max(1, triton.cdiv(count, _PARTS)) if needs_dweight else 1
     programs = triton.cdiv(count, rows)
     dx = x.new_empty(count, width)
     parts = x.new_empty(programs, width, dtype=torch.float32) if needs_dweight else None

@@ -97,4 +97,16 @@ def int8_linear_input_grad(
 def _int8_product(x: Tensor, weight_KN: Tensor) -> Tensor:
     """x quantised by rows, times int8: [M, N] float32 with the rows' scales multiplied in."""
     q, scale = quantise_rows(x)
-    return torch._int_mm(q, weight_KN).float().mul_(scale[:, None])
+    product = _cublas_int_mm if q.is_cuda else torch._int_mm
+    return product(q, weight_KN).float().mul_(scale[:, None])
+
+
+def _cublas_int_mm(a: Tensor, b: Tensor) -> Tensor:
+    """`torch._int_mm` on a GPU, which refuses 16 rows and fewer, and widths off a multiple of 8."""
+    (rows, depth), width = a.shape, b.shape[1]
+    deeper, wider = -depth % 8, -width % 8
+    if deeper or rows < 32:
+        a = torch.nn.functional.pad(a, (0, deeper, 0, max(0, 32 - rows)))
+    if deeper or wider:  # no layer of a published model: a pad would copy its weight
+        b = torch.nn.functional.pad(b, (0, wider, 0, deeper))
+    return torch._int_mm(a, b)[:rows, :width]

@@ -30,6 +30,16 @@ def test_agrees_with_the_reference(
     )
 
 
+def test_targets_in_the_last_block_of_the_vocabulary() -> None:
+    from kernels.head_loss import linear_cross_entropy
+
+    x = random(3, 5, dtype=torch.float32, seed=5).requires_grad_()
+    w = random(4099, 5, dtype=torch.float32, seed=6)
+    targets = torch.tensor([4095, 4096, 4098], device=DEVICE)
+    arguments, dloss = (x, w, targets), torch.ones((), device=DEVICE)
+    assert_agrees(linear_cross_entropy, reference.linear_cross_entropy, arguments, [dloss])
+
+
 def test_chunks_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     from kernels import head_loss
 

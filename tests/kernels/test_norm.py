@@ -73,6 +73,15 @@ def test_wider_rows_are_the_references() -> None:
     assert torch.equal(z, reference.add_rms_norm(x, x, weight, 1e-5)[0])
 
 
+def test_rows_may_be_missing() -> None:
+    from kernels.norm import add_rms_norm
+
+    x, residual = (random(0, 8, dtype=torch.float32, seed=i).requires_grad_() for i in range(2))
+    weight = random(8, dtype=torch.float32, seed=2).requires_grad_()
+    douts = [torch.empty_like(x).detach()] * 2
+    assert_agrees(add_rms_norm, reference.add_rms_norm, (x, residual, weight, 1e-5), douts)
+
+
 def test_a_row_of_zeros_has_finite_gradients() -> None:
     from kernels.norm import rms_norm
 

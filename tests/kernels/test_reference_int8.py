@@ -7,6 +7,7 @@ from torch import Tensor
 from kernels import reference
 from kernels.reference import LinearOperands, LowRank, row_keys
 from kernels.reference_int8 import (
+    _cublas_int_mm,
     dequantise,
     int8_linear,
     int8_linear_input_grad,
@@ -111,6 +112,27 @@ def test_float64_gradients_of_dequantised_math() -> None:
     x = normal(3, 7, seed=17).double().requires_grad_()
     layer = LinearOperands(w, None, (), scale)
     assert torch.autograd.gradcheck(lambda x: reference.lora_linear(x, [layer])[0], (x,))
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 8), (1, 7, 5), (16, 64, 24), (17, 8, 16), (33, 9, 3)])
+def test_products_have_the_shapes_that_a_gpu_takes(
+    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token at a time too: cuBLAS refuses few rows, and widths that are no multiples of 8."""
+    plain = torch._int_mm
+
+    def as_on_a_gpu(a: Tensor, b: Tensor) -> Tensor:
+        assert len(a) >= 32 and a.shape[1] % 8 == 0 and b.shape[1] % 8 == 0
+        return plain(a, b)
+
+    monkeypatch.setattr(torch, "_int_mm", as_on_a_gpu)
+    rows, depth, width = shape
+    a = torch.randint(-127, 128, (rows, depth), dtype=torch.int8)
+    for b in (
+        torch.randint(-127, 128, (depth, width), dtype=torch.int8),
+        torch.randint(-127, 128, (width, depth), dtype=torch.int8).T,
+    ):
+        assert torch.equal(_cublas_int_mm(a, b).long(), a.long() @ b.long())
 
 
 def test_rows_may_be_missing() -> None:
