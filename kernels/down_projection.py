@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import reference
-from kernels.build import OPTIONS, Build
+from kernels.build import OPTIONS, Build, capability_of
 from kernels.hashing import keep_tile, row_hash, threshold
 from kernels.timing import MODELS, ROWS, Case
 
@@ -70,14 +70,6 @@ _INPUT: Mapping[int, list[Tiles]] = {
     90: [Tiles(64, 128, 4, 4), Tiles(128, 128, 8, 3)],
     100: [Tiles(64, 128, 4, 3), Tiles(128, 128, 8, 3)],
 }
-
-
-def capability_of(x: Tensor) -> int:
-    """The compute capability whose lists apply; the interpreter takes the oldest."""
-    if not x.is_cuda:
-        return 80
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return max((c for c in _DOWN if c <= 10 * major + minor), default=80)
 
 
 @functools.lru_cache(maxsize=4096)

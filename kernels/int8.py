@@ -28,7 +28,7 @@ from kernels.timing import MODELS, ROWS, Case
 Route = Literal["scratch", "direct"]
 
 
-class Tiles(NamedTuple):
+class ProductTiles(NamedTuple):
     """How a product is launched: its tile, and how it is pipelined."""
 
     rows: int
@@ -39,10 +39,10 @@ class Tiles(NamedTuple):
 
 
 # The first of each list is what runs; the others are compiled and timed beside it.
-_PRODUCT: Mapping[int, tuple[Tiles, ...]] = {
-    80: (Tiles(128, 128, 64, 8, 4), Tiles(128, 128, 128, 8, 3)),
-    90: (Tiles(128, 256, 128, 8, 3), Tiles(128, 128, 128, 8, 4)),
-    100: (Tiles(128, 256, 128, 8, 3), Tiles(128, 128, 128, 8, 4)),
+_PRODUCT: Mapping[int, tuple[ProductTiles, ...]] = {
+    80: (ProductTiles(128, 128, 64, 8, 4), ProductTiles(128, 128, 128, 8, 3)),
+    90: (ProductTiles(128, 256, 128, 8, 3), ProductTiles(128, 128, 128, 8, 4)),
+    100: (ProductTiles(128, 256, 128, 8, 3), ProductTiles(128, 128, 128, 8, 4)),
 }
 # Rows of tiles that neighbouring programs share, so that the L2 cache holds their weights.
 GROUP_ROWS = 8
@@ -402,7 +402,7 @@ def builds(capability: int) -> list[Build]:
     return [*found, turn]
 
 
-def _product_build(tiles: Tiles, one: str, *, is_scaled: bool) -> Build:
+def _product_build(tiles: ProductTiles, one: str, *, is_scaled: bool) -> Build:
     """`one` is the stride of the weight that is 1; forward the update's u is a transpose too."""
     ones = {one, "u_rank"} if is_scaled else {one, "u_column"}
     strides = ("w_depth", "w_column", "t_row", "u_rank", "u_column", "out_row")
@@ -496,10 +496,7 @@ def _product_cases(shape: str, width: int, output: int) -> list[Case]:
         x = torch.randn(rows, depth, device=device, dtype=dtype)
         dy = torch.randn(rows, columns, device=device, dtype=dtype)
         dense = torch.randn(columns, depth, device=device, dtype=dtype) * depth**-0.5
-        return x, dy, dense, *quantise_rows_of(dense)
-
-    def quantise_rows_of(dense: Tensor) -> tuple[Tensor, Tensor]:
-        return reference_int8.quantise_rows(dense)
+        return x, dy, dense, *reference_int8.quantise_rows(dense)
 
     def scaled_int_mm(x: Tensor, dy: Tensor, dense: Tensor, w: Tensor, scale: Tensor) -> Tensor:
         q, rows = reference_int8.quantise_rows(x)

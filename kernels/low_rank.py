@@ -34,13 +34,12 @@ from torch.nn.functional import linear
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kernels import dequantised, int8, reference
-from kernels.build import OPTIONS, Build
+from kernels.build import OPTIONS, Build, capability_of
 from kernels.down_projection import (
     RANK_STEP,
     WIDEST_OPERAND,
     WIDEST_RESULT,
     Block,
-    capability_of,
     down_projection,
     drops,
     input_gradient,
@@ -48,7 +47,7 @@ from kernels.down_projection import (
     table,
 )
 from kernels.hashing import threshold
-from kernels.int8 import GROUP_ROWS, tile_of
+from kernels.int8 import GROUP_ROWS, ProductTiles, tile_of
 from kernels.reference import LinearOperands, LowRank, kept_scale, low_word
 from kernels.reference_int8 import KEPT_COLUMNS, quantise_rows
 from kernels.timing import MODELS, ROWS, Case
@@ -108,25 +107,17 @@ def plan_of(layers: Sequence[LinearOperands], is_training: bool) -> Plan:
 # --- a product whose accumulator begins with the update -----------------------------------------
 
 
-class _Tiles(NamedTuple):
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
-
-
 # The first is what runs; the others are compiled beside it.
-STARTED: Mapping[int, list[_Tiles]] = {
-    80: [_Tiles(128, 128, 64, 8, 3), _Tiles(128, 128, 32, 8, 4)],
-    90: [_Tiles(128, 256, 64, 8, 4), _Tiles(256, 128, 64, 8, 3)],
-    100: [_Tiles(128, 256, 64, 8, 4), _Tiles(128, 128, 64, 4, 4)],
+STARTED: Mapping[int, list[ProductTiles]] = {
+    80: [ProductTiles(128, 128, 64, 8, 3), ProductTiles(128, 128, 32, 8, 4)],
+    90: [ProductTiles(128, 256, 64, 8, 4), ProductTiles(256, 128, 64, 8, 3)],
+    100: [ProductTiles(128, 256, 64, 8, 4), ProductTiles(128, 128, 64, 4, 4)],
 }
 # Masks are hashed in the accumulator's layout, so beside a wide one registers would run out.
-STARTED_MASKED: Mapping[int, list[_Tiles]] = {
-    80: [_Tiles(128, 128, 64, 8, 3), _Tiles(128, 64, 64, 4, 3)],
-    90: [_Tiles(128, 128, 64, 8, 4), _Tiles(64, 256, 64, 8, 3)],
-    100: [_Tiles(128, 128, 64, 8, 4), _Tiles(128, 128, 64, 8, 3)],
+STARTED_MASKED: Mapping[int, list[ProductTiles]] = {
+    80: [ProductTiles(128, 128, 64, 8, 3), ProductTiles(128, 64, 64, 4, 3)],
+    90: [ProductTiles(128, 128, 64, 8, 4), ProductTiles(64, 256, 64, 8, 3)],
+    100: [ProductTiles(128, 128, 64, 8, 4), ProductTiles(128, 128, 64, 8, 3)],
 }
 
 
@@ -435,7 +426,7 @@ def builds(capability: int) -> list[Build]:
     ]
 
 
-def _started_build(tiles: _Tiles, is_backward: bool) -> Build:
+def _started_build(tiles: ProductTiles, is_backward: bool) -> Build:
     # Forward w and u are transposed; the gradient of x reads W and A as they lie.
     ones = ("w_column", "u_column") if is_backward else ("w_depth", "u_rank")
     strides = {"x_row", "w_depth", "w_column", "t_row", "u_rank", "u_column", "out_row"} - {*ones}

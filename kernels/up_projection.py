@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.build import OPTIONS, Build
+from kernels.build import OPTIONS, Build, capability_of
 from kernels.down_projection import (
     MASKS,
     RANK_STEP,
@@ -21,7 +21,6 @@ from kernels.down_projection import (
     Tiles,
     block_width,
     build_of,
-    capability_of,
     chunks,
     columns_of,
     drops,
