@@ -81,6 +81,8 @@ DEATH_MENTION = re.compile(
     r"|\bs?he\s+expired\b|\bpronounced\s+expired\b|\btime\s+of\s+death\b",
     re.IGNORECASE,
 )
+# A mention has one of these words, and most notes none.
+DEATH_WORDS = ("expired", "died", "passed", "deceased", "death")
 
 
 def admission_sections(summary: str) -> dict[str, str]:
@@ -108,6 +110,12 @@ def admission_sections(summary: str) -> dict[str, str]:
 def admission_note(sections: dict[str, str]) -> str:
     """The sections as one text; an empty section keeps its heading."""
     return "\n\n".join(f"{heading}: {body}".rstrip() for heading, body in sections.items())
+
+
+def tells_of_death(note: str) -> bool:
+    """Whether a note mentions the patient's death."""
+    lowered = note.lower()
+    return any(word in lowered for word in DEATH_WORDS) and bool(DEATH_MENTION.search(note))
 
 
 # -------------------------------------------------------------------------------------- the cohort
@@ -332,7 +340,7 @@ class AdmissionNotes:
             note = admission_note(sections)
             if not any(sections[heading] for heading in REQUIRED):
                 fate = NO_SECTION
-            elif is_untold and DEATH_MENTION.search(note):
+            elif is_untold and tells_of_death(note):
                 fate = DEATH_TOLD
             else:
                 label = tuple(labels) if self._task in MULTILABEL_TASKS else labels[0]

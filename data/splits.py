@@ -23,10 +23,10 @@ LIST_LIMIT = 1 << 30  # bytes of a list, which is read whole
 UNLISTED, EXCLUDED = 3, 4  # in no list of patients, in the list of texts to leave out
 EXCLUSIONS_HEADER = "md5 of the text"
 
-_LIST_FILES = {
-    TRAIN: ("train.csv",),
-    VALIDATION: ("validation.csv", "val.csv"),
-    TEST: ("test.csv",),
+_LIST_FILES = {  # ours, and those that CORe publishes
+    TRAIN: ("train.csv", "mimic_train.csv"),
+    VALIDATION: ("validation.csv", "val.csv", "mimic_val.csv"),
+    TEST: ("test.csv", "mimic_test.csv"),
 }
 
 
@@ -71,10 +71,11 @@ def split_notes(
 ) -> Splits:
     """Splits the notes of a cache by patient lists, by patient, or by text, in this order.
 
-    `lists` is a folder with train.csv, validation.csv (or val.csv) and test.csv, each one column of
-    patient identifiers under a header. `test_share` is in tenths, 0.1 to 0.8; bucket 0 tests, then
-    9, 8 and so on. Notes whose text `exclude` lists (see write_exclusions) are used nowhere. Raises
-    ValueError for lists that overlap or match no patient.
+    `lists` is a folder with train.csv, validation.csv (or val.csv) and test.csv, or with the lists
+    that CORe publishes (mimic_train.csv and so on), each one column of patient identifiers under a
+    header. `test_share` is in tenths, 0.1 to 0.8; bucket 0 tests, then 9, 8 and so on. Notes whose
+    text `exclude` lists (see write_exclusions) are used nowhere. Raises ValueError for lists that
+    overlap or match no patient.
     """
     if lists is not None:
         if cache.patient_digests is None:

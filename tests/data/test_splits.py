@@ -96,7 +96,7 @@ def test_lists_of_patients_decide_before_the_digest(make_cache, tmp_path: Path) 
 
 GOOD = {"train": "id\n1\n", "validation": "id\n2\n", "test": "id\n3\n"}
 BAD_LISTS = {
-    "a list is missing": ({"test": None}, "none of test.csv is there"),
+    "a list is missing": ({"test": None}, "none of test.csv, mimic_test.csv is there"),
     "two names of a list": ({"val": "id\n4\n"}, "more than one of validation.csv, val.csv"),
     "an empty file": ({"test": ""}, "an empty file"),
     "two columns": ({"test": "id,x\n3,4\n"}, "rows with more columns"),
@@ -121,6 +121,21 @@ def test_bad_lists_are_refused(make_cache, tmp_path: Path, change: dict, says: s
     with pytest.raises(ValueError, match=says) as caught:
         split_notes(cache, lists=write_lists(folder, **lists))
     assert "70031" not in str(caught.value)
+
+
+def test_cores_own_lists_are_read_as_they_are_published(make_cache, tmp_path: Path) -> None:
+    """One SUBJECT_ID for each admission, so that a patient stands there several times."""
+    cache = make_cache([Note(str(i), patient) for i, patient in enumerate("77899")])
+    lists = write_lists(
+        tmp_path,
+        mimic_train="SUBJECT_ID\n7\n7\n",
+        mimic_val="SUBJECT_ID\n8\n",
+        mimic_test="SUBJECT_ID\n9\n9\n9\n",
+    )
+    splits = split_notes(cache, lists=lists)
+    assert splits.train.tolist() == [0, 1]
+    assert splits.validation.tolist() == [2]
+    assert splits.test.tolist() == [3, 4]
 
 
 def test_lists_need_patients(make_cache, tmp_path: Path) -> None:

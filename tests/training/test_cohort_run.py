@@ -1,0 +1,87 @@
+"""Runs on a MIMIC cohort: several labels a note, from the tables to the scores; notes left out."""
+
+import csv
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.mimic import open_mimic
+from data.splits import write_exclusions
+from data.synthetic import make_cohort
+from evaluation.metrics import headline_metrics
+from evaluation.score import ScoreConfig, score_run
+from model.files import read_json
+from training.config import RunConfig
+from training.run import run
+
+pytest.importorskip("duckdb", reason="the optional library duckdb is absent")
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_cohort(tmp_path_factory.mktemp("cohort"), patients=120, seed=2) / "mimic-iii"
+
+
+def diag_config(config: RunConfig, cohort: Path) -> RunConfig:
+    return replace(
+        config, task="diag", label_column=None, patient_column=None, data=str(cohort), steps=4
+    )
+
+
+def test_diagnoses_are_learned_and_scored_label_by_label(
+    cohort: Path, make_config: Callable[..., RunConfig], capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = run(diag_config(make_config("downstream"), cohort), score=headline_metrics)
+    source = open_mimic(cohort, "diag")
+    known = {str(row): set(note.label or ()) for row, note in enumerate(source)}
+    record = read_json(out / "run.json")
+    assert record["counts"]["cohort"] == source.counts
+    said = capfd.readouterr().err
+    assert all(f"cohort: {count:,} {reason}" in said for reason, count in source.counts.items())
+
+    results = score_run(ScoreConfig(run=str(out), bootstrap=0))
+    assert list(results["per_label"]) == record["labels"]
+    with (out / "eval" / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == results["n"] == record["counts"]["test_notes"]
+    labels = record["labels"]
+    for row in rows:
+        assert {name for name in labels if row[f"label_{name}"] == "1"} == known[row["row"]] & set(
+            labels
+        )
+    # Sigmoids: nothing makes a note's labels add up to one.
+    total = np.array([[float(row[f"p_{name}"]) for name in labels] for row in rows]).sum(1)
+    assert (abs(total - 1) > 0.1).all()
+
+
+def test_the_label_list_is_that_of_training_and_of_the_whole_table_in_the_paper(
+    cohort: Path, make_config: Callable[..., RunConfig]
+) -> None:
+    labels = {}
+    for quirks in ("correct", "paper"):
+        config = replace(
+            diag_config(make_config("downstream"), cohort), cohort=quirks, steps=1, eval_every=1
+        )
+        labels[quirks] = read_json(run(replace(config, out=config.out + quirks)) / "run.json")[
+            "labels"
+        ]
+    assert set(labels["correct"]) < set(labels["paper"])
+    assert "V300" in labels["paper"]  # a newborn's
+
+
+def test_listed_notes_are_left_out_of_a_run(
+    cohort: Path, make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    config = diag_config(make_config("downstream"), cohort)
+    texts = [note.text for note in open_mimic(cohort, "diag")][:9]
+    write_exclusions(tmp_path / "out.txt", [hashlib.md5(text.encode()).digest() for text in texts])
+    config = replace(config, exclude=str(tmp_path / "out.txt"), steps=1, eval_every=1)
+    record = read_json(run(config) / "run.json")
+    assert record["counts"]["excluded_notes"] == 9
+    used = (record["counts"][f"{part}_notes"] for part in ("train", "validation", "test"))
+    assert sum(used) == record["counts"]["cohort"]["admission notes"] - 9
+    assert record["fingerprints"]["exclude"]
