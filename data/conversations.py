@@ -12,7 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -241,8 +241,3 @@ class ConversationSegments:
         labels = np.where(is_supervised | self._scores_inputs, input_ids, IGNORED)
         labels[offsets[:-1]] = IGNORED
         return PackedBatch(input_ids, labels, offsets, rows * PIECES_LIMIT, None, rows)
-
-
-def describe_bad_rows(bad_rows: Mapping[str, Any]) -> str:
-    """The counts of bad rows as one line for people."""
-    return ", ".join(f"{count:,} with {fault}" for fault, count in bad_rows.items())

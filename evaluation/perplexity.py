@@ -6,27 +6,23 @@ same, wherever the note was cut, and the mean is never taken over batches.
 
 import math
 
-import numpy as np
-
-from data.packing import LanguagePieces
 from lora.attach import adapter_names, without_adapters
 from model.ending import RunFailed
+from training.assemble import LanguageDataset
 from training.objective import LanguageModelling
 from training.parallel import Ranks
 from training.validation import validate_language
 
 
 def language_metrics(
-    objective: LanguageModelling, pieces: LanguagePieces, ranks: Ranks, *, micro_tokens: int
+    objective: LanguageModelling, pieces: LanguageDataset, ranks: Ranks, *, micro_tokens: int
 ) -> dict[str, float | int | None]:
     """Return `tokens` (those scored), `perplexity`, and `perplexity_base` of the base alone.
 
     `perplexity_base` is None where the model has no adapters.
     Raises ValueError without a token to score, RunFailed for a loss that is not finite.
     """
-    # The first token of a piece is not scored; see `data.packing`.
-    lengths = pieces.lengths(np.arange(len(pieces)))
-    tokens = int(lengths.sum()) - len(pieces)
+    tokens = pieces.scored_tokens
     if tokens == 0:
         raise ValueError("there is no token to score: name other data or another split")
 

@@ -24,10 +24,11 @@ import torch
 from numpy.typing import NDArray
 
 from data.cache import find_cache, tokenise
+from data.conversations import fitting
 from data.groups import read_groups
 from data.mimic import MULTILABEL_TASKS, TASKS, AdmissionNotes
 from data.notes import NoteSource, open_notes
-from data.packing import ClassificationNotes, LanguagePieces
+from data.packing import ClassificationNotes
 from data.splits import patient_groups, shared_notes, split_notes
 from evaluation.calibration import calibration, fit_temperature
 from evaluation.metrics import (
@@ -56,6 +57,8 @@ from training.assemble import (
     open_cohort,
     open_source,
     restore,
+    split_and_fit,
+    text_encoder,
 )
 from training.config import RunConfig
 from training.objective import Classification, LanguageModelling
@@ -219,7 +222,7 @@ def _score_language(
             raise ValueError(f"{flag} {word} a classifier, but {config.run} is a language model")
     opened = _open(config, finished)
     pieces = make_dataset(finished.config, opened.notes, opened.rows)
-    assert isinstance(pieces, LanguagePieces)
+    assert not isinstance(pieces, ClassificationNotes)
     objective = LanguageModelling(finished.model, device)
     metrics = language_metrics(objective, pieces, Ranks(0, 1, device), micro_tokens=micro_tokens)
     results = {**_what_was_scored(finished, opened), "n": len(opened.rows), **metrics}
@@ -420,7 +423,13 @@ def _open(config: ScoreConfig, finished: FinishedRun) -> Opened:
         return Opened(source, notes, split, getattr(notes.splits, split), notes, place)
     data = Path(config.data)
     _check_not_the_notes(config.predict, data)
-    if run.task in TASKS and data.is_dir():
+    if run.stage == "instruct":
+        if config.text_column or config.patient_column:
+            raise ValueError(
+                f"--text-column and --patient-column are of notes, but {data} holds rows or chats"
+            )
+        source = open_source(dataclasses.replace(run, data=str(data)))
+    elif run.task in TASKS and data.is_dir():
         for flag, named in (
             ("--text-column", config.text_column),
             ("--label-column", config.label_column),
@@ -441,11 +450,20 @@ def _open(config: ScoreConfig, finished: FinishedRun) -> Opened:
             group_columns=config.subgroup_columns,
         )
     cache = tokenise(
-        source, finished.tokenizer, cache_folder=cache_folder(run), workers=run.workers
+        source,
+        text_encoder(run, finished.tokenizer),
+        cache_folder=cache_folder(run),
+        workers=run.workers,
     )
-    splits = split_notes(cache, test_share=run.test_share)
-    notes = Notes(finished.tokenizer, cache, splits, finished.label_names, source.fingerprint())
+    splits, left_out = split_and_fit(
+        dataclasses.replace(run, splits=None, exclude=None), cache, source
+    )
+    notes = Notes(
+        finished.tokenizer, cache, splits, finished.label_names, source.fingerprint(), left_out
+    )
     everything = np.arange(len(cache), dtype=np.uint32)
+    if run.stage == "instruct":
+        everything = fitting(cache, everything, run.max_length)
     rows = everything if config.split is None else getattr(splits, config.split)
     part: str = config.split or "all"
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", data.name.split(".")[0]).strip("-.")[:40] or "data"
@@ -456,7 +474,9 @@ def _open(config: ScoreConfig, finished: FinishedRun) -> Opened:
 def _own_notes(run: RunConfig, finished: FinishedRun) -> Notes | None:
     """The notes that the run was trained on, where their cache and its lists are still there."""
     fingerprint = finished.record["fingerprints"]["data"]
-    cache = find_cache(fingerprint, finished.tokenizer, cache_folder=cache_folder(run))
+    cache = find_cache(
+        fingerprint, text_encoder(run, finished.tokenizer), cache_folder=cache_folder(run)
+    )
     if cache is None or not has_same_lists(run, finished.record["fingerprints"]):
         return None
     splits = split_notes(cache, lists=run.splits, test_share=run.test_share)
@@ -484,6 +504,8 @@ def _what_was_scored(finished: FinishedRun, opened: Opened) -> dict[str, Any]:
         if own is None
         else shared_notes(notes.cache, opened.rows, own.cache, own.splits.train),
     }
+    if notes.left_out:
+        results["rows_left_out"] = dict(notes.left_out)
     if opened.split in ("validation", "test"):
         # Their text occurs in the training part too.
         results["left_out"] = getattr(notes.splits, f"{opened.split}_duplicates")

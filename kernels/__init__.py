@@ -25,6 +25,7 @@ from kernels.reference import (
     keep_mask,
     route,
     row_keys,
+    uniform,
 )
 
 # transformers probes for a package called `kernels` and parses its version.
@@ -55,6 +56,7 @@ __all__ = [
     "route",
     "row_keys",
     "swiglu",
+    "uniform",
 ]
 
 Path = Literal["recorded", "reference", "triton"]

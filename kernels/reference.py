@@ -97,6 +97,19 @@ def keep_mask(keys: Tensor, width: int, p: float, site: int) -> Tensor:
     return keep
 
 
+def uniform(keys: Tensor, width: int, site: int) -> Tensor:
+    """Noise of each row, uniform in -1 to 1: [M, width] float32, a function of key and column.
+
+    Args:
+        keys: [M] int32 from `row_keys`.
+        site: which noise of the network this is, as in `keep_mask`.
+    """
+    row_keys_M = _mix((keys + GOLDEN).bitwise_xor_(low_word(site)))
+    counters = torch.arange(width, dtype=torch.int32, device=keys.device)
+    column_keys = _mix(counters.mul_(GOLDEN).add_(low_word(site * GOLDEN)))
+    return _mix(row_keys_M[:, None].bitwise_xor(column_keys)).float().mul_(2.0**-31)
+
+
 def kept_scale(p: float) -> float:
     """What a surviving value is multiplied by: 1 / (1 - p) for the p that the mask really has."""
     return 1 / (1 - round(p * 2**16) / 2**16)

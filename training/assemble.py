@@ -8,7 +8,7 @@ weight of the base is frozen, and what then trains is named, not inferred.
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,15 @@ import torch
 from torch import nn
 
 from data.cache import TokenCache, tokenise
+from data.conversations import Conversations, ConversationSegments, fitting
 from data.mimic import TASKS, open_mimic
 from data.notes import NoteSource, open_notes
 from data.packing import ClassificationNotes, LanguagePieces, length_quantiles
+from data.prompts import PromptEncoder
 from data.splits import Splits, split_notes
 from data.synthetic import make_cohort
 from data.tokenizer import Tokenizer, load_tokenizer
+from data.worker import TextEncoder
 from lora.adaption_prompt import AdaptionPromptConfig
 from lora.attach import AdapterConfig, adapter_names, adapter_parameters, attach
 from lora.config import ALL_LINEAR, LoraConfig
@@ -45,14 +48,17 @@ from model.decoder import Decoder, init_weights
 from model.files import check_files, file_digest, folder_digest, open_safetensors
 from model.heads import CausalLM, Classifier, Model
 from training.config import AUTO, BaseDtype, RunConfig, from_dict
+from training.neftune import add_neftune
 from training.run_folder import HEAD_FILE, RUN_FILE, read_record
 from training.stages import SYNTHETIC_COHORT
 
-CLINICAL, DOWNSTREAM = "clinical", "downstream"  # the adapters' names
+CLINICAL, DOWNSTREAM, INSTRUCT = "clinical", "downstream", "instruct"  # the adapters' names
 LORA_TARGETS = {DecoderConfig: ("q_proj", "v_proj"), EncoderConfig: ("query", "value")}
+_PARTS = ("train", "validation", "test")
 _VALIDATION_ORDER = 0  # seed of the choice of validation notes: the same in every run
 
-Dataset = LanguagePieces | ClassificationNotes
+LanguageDataset = LanguagePieces | ConversationSegments
+Dataset = LanguageDataset | ClassificationNotes
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class Notes:
     splits: Splits
     label_names: tuple[str, ...]  # of a classifier: every label of the source; else empty
     fingerprint: str  # of the source
+    left_out: Mapping[str, int] = field(default_factory=dict)  # rows by reason; of notes none
 
     def counts(self) -> dict[str, Any]:
         """What run.json tells about the notes: numbers only."""
@@ -79,6 +86,7 @@ class Notes:
             "cohort": self.cache.cohort_counts,
             "train_tokens": int(self.cache.lengths(splits.train).sum()),
             "note_length": length_quantiles(self.cache, splits.train),
+            "left_out": dict(self.left_out),
         }
 
 
@@ -104,6 +112,8 @@ def open_source(config: RunConfig, group_columns: Sequence[str] = ()) -> NoteSou
     if config.data is None:
         raise ValueError("--data is missing: name a table of notes or a folder")
     data = Path(config.data)
+    if config.stage == "instruct":
+        return Conversations(data, bad_rows=config.bad_rows)
     if data.parent == Path(SYNTHETIC_COHORT):
         make_cohort(SYNTHETIC_COHORT)
     if config.task in TASKS:
@@ -130,6 +140,29 @@ def cache_folder(config: RunConfig) -> Path:
     return Path(config.cache_dir) if config.cache_dir else Path(config.out).parent / "token-cache"
 
 
+def text_encoder(config: RunConfig, tokenizer: Tokenizer) -> TextEncoder:
+    """What makes tokens of the run's notes: the tokenizer, or the prompt format over it."""
+    if config.stage == "instruct":
+        return PromptEncoder(tokenizer, config.prompt_format)
+    return tokenizer
+
+
+def split_and_fit(
+    config: RunConfig, cache: TokenCache, source: NoteSource
+) -> tuple[Splits, dict[str, int]]:
+    """The split of the run's notes; of rows and chats those that fit, and what was left out."""
+    splits = split_notes(
+        cache, lists=config.splits, test_share=config.test_share, exclude=config.exclude
+    )
+    if not isinstance(source, Conversations):
+        return splits, {}
+    fit = {part: fitting(cache, getattr(splits, part), config.max_length) for part in _PARTS}
+    long = sum(len(getattr(splits, part)) - len(rows) for part, rows in fit.items())
+    left_out = {f"more tokens than --max-length {config.max_length}": long} if long else {}
+    splits = splits._replace(train=fit["train"], validation=fit["validation"], test=fit["test"])
+    return splits, {**source.bad_rows, **left_out}
+
+
 def load_notes(config: RunConfig, tokenizer: Tokenizer | None = None) -> Notes:
     """Tokenise the run's notes (or open their cache) with the base's tokenizer, and split them."""
     if config.model is None:
@@ -137,10 +170,13 @@ def load_notes(config: RunConfig, tokenizer: Tokenizer | None = None) -> Notes:
     if tokenizer is None:
         tokenizer = load_tokenizer(config.model, config.tokenizer_preset)
     source = open_source(config)
-    cache = tokenise(source, tokenizer, cache_folder=cache_folder(config), workers=config.workers)
-    splits = split_notes(
-        cache, lists=config.splits, test_share=config.test_share, exclude=config.exclude
+    cache = tokenise(
+        source,
+        text_encoder(config, tokenizer),
+        cache_folder=cache_folder(config),
+        workers=config.workers,
     )
+    splits, left_out = split_and_fit(config, cache, source)
     label_names = cache.label_names if config.stage == "downstream" else ()
     if cache.multilabel and config.cohort == "correct":  # what nobody shows cannot be learned
         counts = cache.label_counts(splits.train)
@@ -150,7 +186,7 @@ def load_notes(config: RunConfig, tokenizer: Tokenizer | None = None) -> Notes:
             f"{config.data} has {len(label_names)} different labels in {len(cache):,} notes; a "
             "classifier needs at least 2"
         )
-    return Notes(tokenizer, cache, splits, label_names, source.fingerprint())
+    return Notes(tokenizer, cache, splits, label_names, source.fingerprint(), left_out)
 
 
 def make_dataset(
@@ -160,12 +196,21 @@ def make_dataset(
     *,
     label_names: tuple[str, ...] | None = None,
     is_labelled: bool = True,
+    is_trained_on: bool = False,
 ) -> Dataset:
     """The segments of some notes, as the run's stage cuts them.
 
     label_names: the classes' order where it is not that of these notes but of a finished run.
+    is_trained_on: with --train-on-inputs prompts are labelled too; scored are responses alone.
     is_labelled: False for notes to predict, whose labels are not there or not asked for.
     """
+    if config.stage == "instruct":
+        return ConversationSegments(
+            notes.cache,
+            rows,
+            max_length=config.max_length,
+            scores_inputs=is_trained_on and config.train_on_inputs,
+        )
     if config.stage != "downstream":
         return LanguagePieces(
             notes.cache,
@@ -317,6 +362,10 @@ def build_model(
             f"the tokenizer of {config.model} has {notes.tokenizer.vocab_size} pieces, but the "
             f"base has embeddings for {model.config.vocab_size}; they do not belong together"
         )
+    if config.neftune_alpha is not None:
+        assert isinstance(model, CausalLM)
+        row_length = config.max_length if config.neftune_length == "row" else None
+        add_neftune(model.network, config.neftune_alpha, row_length)
     if config.init_adapter is not None:
         adapter = init_adapter_folder(Path(config.init_adapter))
         _check_run_adapter(adapter)
@@ -324,7 +373,7 @@ def build_model(
     if config.adapter == "full":
         model.requires_grad_(True)
     elif config.adapter != "none":
-        name = DOWNSTREAM if config.stage == "downstream" else CLINICAL
+        name = {"downstream": DOWNSTREAM, "instruct": INSTRUCT}.get(config.stage, CLINICAL)
         ids = _init_ids(config, notes.tokenizer)
         attach(model, name, adapter_settings(config, model), seed=config.seed, init_ids=ids)
     _check_positions(config, model)
@@ -436,6 +485,15 @@ def _run_of(adapter: Path) -> Path | None:
     holder = adapter.resolve().parent
     is_of_run = holder.name == "adapter" and (holder.parent / RUN_FILE).is_file()
     return holder.parent if is_of_run else None
+
+
+def how_cut(config: RunConfig, train_set: Dataset) -> str:
+    """What became of notes longer than --max-length, in words."""
+    if isinstance(train_set, ClassificationNotes):
+        return f"{train_set.truncated:,} truncated ({config.truncate} kept)"
+    if isinstance(train_set, LanguagePieces):
+        return f"{train_set.notes_cut:,} cut into pieces, none truncated"
+    return "longer ones left out, none cut"
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -465,6 +465,22 @@ def why_unused(flag: str, config: RunConfig) -> str | None:
         reason = "a setting of --base-dtype int8"
     elif flag in ("--truncate", "--class-weights") and not is_downstream:
         reason = f"a setting of --stage downstream, but --stage is {config.stage}"
+    elif (
+        flag
+        in (
+            "--prompt-format",
+            "--train-on-inputs",
+            "--bad-rows",
+            "--neftune-alpha",
+            "--neftune-length",
+        )
+        and config.stage != "instruct"
+    ):
+        reason = f"a setting of --stage instruct, but --stage is {config.stage}"
+    elif flag == "--neftune-length" and config.neftune_alpha is None:
+        reason = "a setting of --neftune-alpha"
+    elif flag in ("--text-column", "--patient-column", "--splits") and config.stage == "instruct":
+        reason = "a setting of notes, but --stage instruct reads rows and chats"
     elif flag == "--label-column" and config.task != "label":
         reason = "a setting of --stage downstream --task label"
     elif flag in ("--text-column", "--patient-column") and config.task in mimic.TASKS:

@@ -11,7 +11,11 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Stage = Literal["pretrain", "clinical", "downstream"]
+from data.conversations import BadRows
+from data.prompts import PromptName
+from training.neftune import NeftuneLength
+
+Stage = Literal["pretrain", "clinical", "downstream", "instruct"]
 Task = Literal["pmv", "mor", "los", "diag", "proc", "label"]
 Adapter = Literal["lora", "prompt", "prefix", "p-tuning", "adaption-prompt", "none", "full"]
 BaseDtype = Literal["float32", "bfloat16", "int8"]
@@ -185,7 +189,8 @@ class RunConfig:
     """One training run."""
 
     stage: Stage
-    """What is done: pretrain trains a base, clinical adapts one to notes, downstream classifies."""
+    """What is done: pretrain trains a base, clinical adapts one to notes, downstream classifies,
+    instruct teaches one to answer."""
     task: Task | None = None
     """Downstream only. Of a MIMIC folder: pmv (prolonged ventilation), mor (in-hospital mortality),
     los (length of stay), diag, proc (diagnosis and procedure groups); or label, a table's column.
@@ -222,6 +227,12 @@ class RunConfig:
     """Longest segment in tokens. Longer notes are cut into pieces; a classifier truncates them."""
     truncate: Literal["head", "tail", "both"] = "head"
     """Which end of a note longer than --max-length a classifier keeps."""
+    prompt_format: PromptName = "alpaca"
+    """Instruct only: how rows and chats are written, in training and when the model is used."""
+    train_on_inputs: bool = False
+    """Instruct only: train on the prompts too, not on the responses alone."""
+    bad_rows: BadRows = "refuse"
+    """Instruct only: stop at a row that cannot be used, or count such rows and leave them out."""
     cache_dir: str | None = None
     """Folder of the token caches. Default: token-cache beside the run folder."""
     workers: int | None = None
@@ -255,6 +266,12 @@ class RunConfig:
     optim: OptimSettings = field(default_factory=OptimSettings)
     class_weights: bool = True
     """Downstream only, one label a note: weigh classes by N / (K * count) in the training loss."""
+    neftune_alpha: float | None = None
+    """Instruct only: NEFTune's noise on the embedded tokens in training, for example 5. Default:
+    none."""
+    neftune_length: NeftuneLength = "sample"
+    """The length that NEFTune's noise falls with: the sample's own, or that of a row
+    (--max-length)."""
     gradient_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, more time."""
     shard: bool = False
@@ -308,6 +325,8 @@ class RunConfig:
             _check(flag, whole, "below 2**31", whole is None or whole < 2**31)
         epochs = self.epochs
         _check("--epochs", epochs, "above 0, up to 1e6", epochs is None or 0 < epochs <= 1e6)
+        alpha = self.neftune_alpha
+        _check("--neftune-alpha", alpha, "above 0, up to 1e6", alpha is None or 0 < alpha <= 1e6)
         _check("--lr", self.lr, "above 0", self.lr > 0)
         _check("--seed", self.seed, "from 0 to 2**31 - 1", 0 <= self.seed < 2**31)
         self._check_pairs()
@@ -371,16 +390,20 @@ class RunConfig:
                 "--init-adapter cannot go with --adapter full: merge the adapter into the base "
                 "first, or choose --adapter lora or none"
             )
-        if self.stage == "clinical":
-            if self.init_adapter is not None and self.adapter != "none":
+        if self.stage in ("clinical", "instruct"):
+            if (
+                self.stage == "clinical"
+                and self.init_adapter is not None
+                and self.adapter != "none"
+            ):
                 raise ValueError(
                     '--stage clinical names its adapter "clinical", and so does --init-adapter: '
                     "continue that one with --adapter none"
                 )
             if self.adapter == "none" and (self.init_adapter is None or self.freeze_init_adapter):
                 raise ValueError(
-                    "--stage clinical --adapter none trains nothing: add an --init-adapter that "
-                    "is not frozen, or choose --adapter lora or full"
+                    f"--stage {self.stage} --adapter none trains nothing: add an --init-adapter "
+                    "that is not frozen, or choose --adapter lora or full"
                 )
 
 

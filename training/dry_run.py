@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import yaml
 
-from data.packing import ClassificationNotes, PackedBatch
+from data.packing import PackedBatch
 from lora.attach import adapter_names, adapter_parameters
 from model.heads import Classifier, Model
 from training.assemble import (
@@ -26,6 +26,7 @@ from training.assemble import (
     check_same_base,
     count_parameters,
     fingerprints,
+    how_cut,
     make_dataset,
     resolve,
     validation_rows,
@@ -93,7 +94,7 @@ def make_plan(config: RunConfig, ranks: Ranks) -> Plan:
     """Everything that a run decides before its first step, and what its steps will need."""
     config = resolve(config, ranks.device)
     notes = load_notes_in_turn(config, ranks)
-    train_set = make_dataset(config, notes, notes.splits.train)
+    train_set = make_dataset(config, notes, notes.splits.train, is_trained_on=True)
     loader = make_loader(config, train_set, ranks)
     total_steps, steps_per_epoch = count_steps(config, loader), loader.steps_per_epoch()
     model = build_model(config, notes, _META)
@@ -172,11 +173,6 @@ def describe(plan: Plan, ranks: Ranks) -> str:
     config, counts = plan.config, plan.notes.counts()
     trainable, total = count_parameters(plan.model)
     quantiles = "  ".join(f"{name} {value:,}" for name, value in counts["note_length"].items())
-    cut = (
-        f"{plan.train_set.truncated:,} truncated ({config.truncate} kept)"
-        if isinstance(plan.train_set, ClassificationNotes)
-        else f"{plan.train_set.notes_cut:,} cut into pieces, none truncated"
-    )
     need, work, device = plan.memory, plan.work, ranks.device
     each = " on each rank" if ranks.count > 1 else ""
     lines = [
@@ -190,7 +186,8 @@ def describe(plan: Plan, ranks: Ranks) -> str:
         f"        {counts['validation_notes_left_out'] + counts['test_notes_left_out']:,} held-out "
         "ones are left out, whose text is also in training",
         f"length: of a note in tokens: {quantiles}",
-        f"        --max-length {config.max_length}: {cut}",
+        f"        --max-length {config.max_length}: {how_cut(config, plan.train_set)}",
+        *(f"        left out: {count:,} with {why}" for why, count in counts["left_out"].items()),
         f"epoch:  {plan.tokens_per_epoch:,} tokens in {len(plan.train_set):,} segments, "
         f"{plan.steps_per_epoch:,} steps",
         f"run:    {plan.total_steps:,} steps, "

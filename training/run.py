@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from data.loader import Loader
-from data.packing import ClassificationNotes, LanguagePieces
+from data.packing import ClassificationNotes
 from lora.attach import adapter_names
 from lora.peft_format import save_adapter
 from model.checkpoint import copy_tokenizer, save_model
@@ -34,6 +34,7 @@ from training.assemble import (
     Notes,
     base_parameters,
     build_model,
+    how_cut,
     load_notes,
     make_dataset,
     resolve,
@@ -99,7 +100,7 @@ def _run(
     torch.manual_seed(config.seed)  # no step draws from it, but whatever might is repeatable
 
     notes = load_notes_in_turn(config, ranks)
-    train_set = make_dataset(config, notes, notes.splits.train)
+    train_set = make_dataset(config, notes, notes.splits.train, is_trained_on=True)
     loader = make_loader(config, train_set, ranks)
     total_steps = count_steps(config, loader)
 
@@ -314,7 +315,7 @@ def _validation(
         return None
     dataset = make_dataset(config, notes, rows)
     if isinstance(objective, LanguageModelling):
-        assert isinstance(dataset, LanguagePieces)
+        assert not isinstance(dataset, ClassificationNotes)
         return lambda: validate_language(
             objective, dataset, ranks, micro_tokens=config.micro_tokens
         )
@@ -377,12 +378,12 @@ def _introduce(
     if left_out:
         progress.say(f"notes: {left_out:,} held-out ones left out, whose text is also in training")
     quantiles = "  ".join(f"{name} {value:,}" for name, value in counts["note_length"].items())
-    cut = (
-        f"{train_set.truncated:,} of {counts['train_notes']:,} truncated ({config.truncate} kept)"
-        if isinstance(train_set, ClassificationNotes)
-        else f"{train_set.notes_cut:,} of {counts['train_notes']:,} cut into pieces, none truncated"
+    for why, count in counts["left_out"].items():
+        progress.say(f"left out: {count:,} with {why}")
+    progress.say(
+        f"note length in tokens: {quantiles}; "
+        f"--max-length {config.max_length}: {how_cut(config, train_set)}"
     )
-    progress.say(f"note length in tokens: {quantiles}; --max-length {config.max_length}: {cut}")
 
 
 def _farewell(out: Path, kept_step: int, last_step: int, best: Mapping[str, Any] | None) -> str:

@@ -57,6 +57,19 @@ def downstream() -> RunConfig:
     )
 
 
+def instruct() -> RunConfig:
+    """Teach a base to answer: one adapter, "instruct", trained on responses to prompts."""
+    return RunConfig(
+        stage="instruct",
+        max_length=1024,
+        batch_size=128,
+        epochs=3.0,
+        lr=3e-4,
+        optim=OptimSettings(schedule="cosine"),
+        out="runs/instruct",
+    )
+
+
 def embedded_clinical() -> RunConfig:
     """The clinical stage on the embedded base and the synthetic cohort's notes."""
     return replace(
@@ -89,6 +102,7 @@ STAGES: Mapping[Stage, Callable[[], RunConfig]] = {
     "pretrain": pretrain,
     "clinical": clinical,
     "downstream": downstream,
+    "instruct": instruct,
 }
 EMBEDDED: Mapping[Stage, Callable[[], RunConfig]] = {
     "clinical": embedded_clinical,

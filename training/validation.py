@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from data.loader import iter_batches
-from data.packing import ClassificationNotes, LanguagePieces
+from data.packing import ClassificationNotes, SegmentDataset
 from training.objective import Classification, LanguageModelling
 from training.parallel import Ranks
 
@@ -22,7 +22,7 @@ Score = Callable[[np.ndarray, np.ndarray, Sequence[str]], Mapping[str, float]]
 
 @torch.inference_mode()
 def validate_language(
-    objective: LanguageModelling, pieces: LanguagePieces, ranks: Ranks, *, micro_tokens: int
+    objective: LanguageModelling, pieces: SegmentDataset, ranks: Ranks, *, micro_tokens: int
 ) -> dict[str, float]:
     """Mean loss per scored token, and its exponential, the perplexity."""
     loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
