@@ -301,7 +301,7 @@ def test_configs_survive_json() -> None:
         ({"steps": 1.5}, "setting steps has a wrong value"),
         ({"lora": 3}, "setting lora must be a group"),
         ({"later": 1}, "settings of another version"),
-        ({"stage": "instruct"}, "setting stage has a wrong value"),
+        ({"stage": "instructed"}, "setting stage has a wrong value"),
     ],
 )
 def test_a_damaged_config_is_refused(change: dict[str, object], message: str) -> None:
