@@ -5,6 +5,8 @@
     python eval.py --run runs/downstream --split validation
     python eval.py --run runs/downstream --data OTHER.csv # other notes than the run's own
     python eval.py --run runs/downstream --data NEW.csv --predict scores.csv  # without labels
+    python eval.py --run runs/instruct --mcq medqa --data medqa_test.jsonl --prompt letter
+    python eval.py --model BASE --out base-scores --mcq medmcqa --data dev.jsonl  # a bare base
 
 Writes `eval/results.json` (null where a metric is not defined) and for classifiers
 `eval/predictions.csv` into the run's folder; `evaluation/score.py` tells how. Exit codes are those
@@ -15,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+from evaluation.questions import QuestionConfig, question_summary, score_questions
 from evaluation.score import ScoreConfig, score_run, summary
 from model.ending import exit_code
 from training.command_line import flag_types, parse, split_flags
@@ -31,8 +34,27 @@ class EvalFlags(ScoreConfig):
         """Nothing: the checks are those of the ScoreConfig that is made of these flags."""
 
 
-def read_command(arguments: Sequence[str]) -> ScoreConfig:
-    """What the arguments ask for; ValueError for anything wrong, SystemExit(0) after --help."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuestionFlags(QuestionConfig):
+    """Put multiple-choice questions to a finished run or to a base."""
+
+    debug: bool = False
+    """Show the traceback of a failure."""
+
+    def __post_init__(self) -> None:
+        """Nothing: the checks are those of the QuestionConfig that is made of these flags."""
+
+
+def read_command(arguments: Sequence[str]) -> ScoreConfig | QuestionConfig:
+    """What the arguments ask for; ValueError for anything wrong, SystemExit(0) after --help.
+
+    With --mcq the flags are those of questions, and --help lists them.
+    """
+    if any(word == "--mcq" or word.startswith("--mcq=") for word in arguments):
+        typed = split_flags(arguments, flag_types(QuestionFlags))
+        asked = parse(QuestionFlags, typed, default=QuestionFlags(mcq="medqa"), prog="eval.py")
+        named = {field.name: getattr(asked, field.name) for field in fields(QuestionConfig)}
+        return QuestionConfig(**named)
     typed = split_flags(arguments, flag_types(EvalFlags))
     if "--run" not in typed and "--help" not in typed:
         raise ValueError(
@@ -47,7 +69,12 @@ def main(arguments: Sequence[str]) -> int:
 
     def work() -> None:
         config = read_command(arguments)
-        for line in summary(score_run(config)):
+        lines = (
+            question_summary(score_questions(config))
+            if isinstance(config, QuestionConfig)
+            else summary(score_run(config))
+        )
+        for line in lines:
             print(line)
 
     return exit_code("eval.py", arguments, work, interrupted="interrupted; nothing was written")

@@ -16,12 +16,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from string import ascii_uppercase as LETTERS
+from string import ascii_uppercase
 from typing import Any, Literal
 
 QuestionSetName = Literal["medqa", "medmcqa", "pubmedqa", "mmlu", "usmle"]
 BadRows = Literal["refuse", "skip"]
 
+LETTERS = ascii_uppercase  # of the options, in their order
 FILE_LIMIT = 1 << 30  # bytes of a file of questions; the largest published has 140 MB
 CLINICAL_SUBJECTS = (
     "anatomy",
