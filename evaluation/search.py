@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from evaluation.cells import finished_record, scores_of
 from evaluation.score import ScoreConfig
-from model.ending import CommandParser, exit_code
+from model.ending import CommandParser, RunFailed, exit_code
 from model.files import write_json, write_whole
 from training.command_line import read_command
 from training.config import RunConfig
@@ -211,6 +211,8 @@ def main(arguments: Sequence[str]) -> int:
                 shared, SPACES[flags.space], flags.out, trials=flags.trials, seed=flags.seed
             )
             best = best_of(trials)
+            if best.value == -math.inf:
+                raise RunFailed("no trial ended in a finite validation; try smaller rates")
             seeds = range(flags.seeds)
             refits = refit(shared, best, flags.out, seeds=seeds, bootstrap=flags.bootstrap)
             write_json(

@@ -59,33 +59,33 @@ __all__ = [
     "uniform",
 ]
 
-Path = Literal["recorded", "reference", "triton"]
+Backend = Literal["recorded", "reference", "triton"]
 
 # Operation: the compute capabilities at which its kernel beats torch, eager and compiled, at the
 # sizes of LLaMA. An entry needs its rows in benchmarks/results/kernels.csv, which a test looks up.
 RECORDED_WINS: Mapping[str, frozenset[int]] = {}
 
-_path: Path = "recorded"
+_backend: Backend = "recorded"
 
 
 @contextmanager
-def force(path: Path) -> Iterator[None]:
+def force(backend: Backend) -> Iterator[None]:
     """Within the block run the references, or the Triton kernels wherever they can run.
 
     One choice for the whole process: autograd may compute a block again in a thread of its own.
     """
-    global _path
-    before, _path = _path, path
+    global _backend
+    before, _backend = _backend, backend
     try:
         yield
     finally:
-        _path = before
+        _backend = before
 
 
 def _is_fused(operation: str, x: Tensor) -> bool:
     """Whether the Triton kernel of an operation runs on x."""
-    if _path != "recorded":
-        return _path == "triton" and x.dtype != torch.float64
+    if _backend != "recorded":
+        return _backend == "triton" and x.dtype != torch.float64
     if not RECORDED_WINS or not x.is_cuda or x.dtype == torch.float64:
         return False
     major, minor = torch.cuda.get_device_capability(x.device)

@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 import kernels
-from kernels import LinearOperands, LowRank
+from kernels import LinearOperands, LowRank, reference
 
 
 def make(*shape: int, seed: int = 0) -> Tensor:
@@ -198,3 +198,27 @@ def test_masks_keep_the_stated_share_without_visible_structure(p: float) -> None
     ]
     for product in pairs:
         assert abs(product.mean()) < 4.5 * p * (1 - p) / math.sqrt(product.numel())
+
+
+def test_hand_written_gradients_are_those_of_small_differences() -> None:
+    """gradcheck, in float64: the backward passes owe nothing to autograd."""
+    x, y, weight = make(3, 6, seed=1), make(3, 6, seed=2), make(6, seed=3)
+    assert gradcheck(lambda x, w: reference.rms_norm(x, w, 1e-5), (x, weight))
+    assert gradcheck(lambda x, y, w: reference.add_rms_norm(x, y, w, 1e-5), (x, y, weight))
+    assert gradcheck(reference.swiglu, (x, y))
+    q, k, angles = make(3, 2, 4, seed=4), make(3, 1, 4, seed=5), make(3, 2, seed=6).detach()
+    assert gradcheck(lambda q, k: reference.rope(q, k, angles.cos(), angles.sin()), (q, k))
+    head, targets = make(5, 6, seed=7), torch.tensor([0, 4, 2])
+    assert gradcheck(lambda x, w: reference.linear_cross_entropy(x, w, targets), (x, head))
+    a, b, bias = make(2, 6, seed=8), make(4, 2, seed=9), make(4, seed=10)
+    base, keys = make(4, 6, seed=11), torch.arange(3, dtype=torch.int32)
+
+    def layer(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        adapter = LowRank(a, b, 0.5, 0.25, 3)
+        return reference.lora_linear(x, [LinearOperands(w, bias, (adapter,))], keys)[0]
+
+    assert gradcheck(layer, (x, base, bias, a, b))
+    weights, routing = reference.route(make(3, 4, seed=12).detach(), 2)
+    rows, weights = make(6, 6, seed=13), weights.requires_grad_()
+    assert gradcheck(lambda y, w: reference.combine(y, w, routing), (rows, weights))
+    assert gradcheck(lambda x: reference.dispatch(x, routing), (x,))
