@@ -44,7 +44,7 @@ from data.tables import DUCKDB_OPTIONS, NOT_A_TIME, find_table, holds, import_du
 __all__ = ["MULTILABEL_TASKS", "TASKS", "AdmissionNotes", "open_mimic"]
 
 # Part of every fingerprint: raise it when a change here or in data.outcomes changes the notes.
-RULES = "admission notes 2"
+RULES = "admission notes 3"
 
 # ------------------------------------------------------------------------------- one admission note
 

@@ -198,7 +198,7 @@ class Outcomes:
         )
 
     def _load_los(self, connection: Any) -> None:
-        # Halves go to the even digit, as in the published labels.
+        # As numpy rounds, and so the published labels: ten times the days, halves to the even.
         connection.execute(
             f"""
             CREATE TABLE outcomes AS
@@ -207,7 +207,8 @@ class Outcomes:
                 CASE WHEN died THEN '{DIED}'
                     WHEN days < 0 AND NOT {self.paper} THEN '{BACKWARDS}' END AS reason
             FROM (
-                SELECT hadm_id, died, round_even(epoch(discharged - admitted) / 86400, 1) AS days
+                SELECT hadm_id, died,
+                    round_even(epoch(discharged - admitted) / 86400 * 10, 0) / 10 AS days
                 FROM admissions
             )
             """

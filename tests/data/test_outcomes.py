@@ -208,7 +208,8 @@ def read(folder: Path, task: str, *, paper: bool = False) -> tuple[list[Note], d
     ("minutes", "label"),
     [
         (3 * 1440, "0"), (3 * 1440 + 72, "0"), (3 * 1440 + 73, "1"), (7 * 1440 + 71, "1"),
-        (7 * 1440 + 216, "2"), (14 * 1440, "2"), (14 * 1440 + 73, "3"), (-600, "0"),
+        (7 * 1440 + 216, "2"), (14 * 1440, "2"), (14 * 1440 + 72, "2"),
+        (14 * 1440 + 73, "3"), (-600, "0"),
     ],
 )  # fmt: skip
 def test_days_of_stay_are_rounded_to_a_tenth(tmp_path: Path, minutes: int, label: str) -> None:

@@ -15,6 +15,7 @@ from data.synthetic import make_cohort
 from evaluation.metrics import headline_metrics
 from evaluation.score import ScoreConfig, score_run
 from model.files import read_json
+from training.assemble import load_notes
 from training.config import RunConfig
 from training.run import run
 
@@ -70,6 +71,11 @@ def test_the_label_list_is_that_of_training_and_of_the_whole_table_in_the_paper(
             "labels"
         ]
     assert set(labels["correct"]) < set(labels["paper"])
+    notes = load_notes(diag_config(make_config("downstream"), cohort))
+    counts = notes.cache.label_counts(notes.splits.train)
+    names = notes.cache.label_names
+    assert labels["correct"] == [name for name, count in zip(names, counts, strict=True) if count]
+    assert len(labels["correct"]) < len(names)  # some stand in held-out notes alone
     assert "V300" in labels["paper"]  # a newborn's
 
 
