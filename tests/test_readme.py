@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import eval
+from evaluation.questions import QuestionConfig
 from evaluation.score import ScoreConfig
 from tests.conftest import ROOT
 from training.command_line import TrainFlags, flag_types, read_command
@@ -73,7 +74,8 @@ def test_flags_in_the_readme_exist() -> None:
     elsewhere = {"--nproc-per-node", "--help", "--show-text"}
     for module in re.findall(r"python -m ([\w.]+)", README):
         elsewhere |= flags_of_module(module)
-    known = {*flag_types(TrainFlags), *flag_types(ScoreConfig), *elsewhere}
+    configs = (TrainFlags, ScoreConfig, QuestionConfig)
+    known = {flag for config in configs for flag in flag_types(config)} | elsewhere
     assert set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", README)) <= known
 
 
