@@ -70,7 +70,7 @@ DUCKDB_OPTIONS = {
     "temp_directory": "",  # duckdb itself spills nothing
     "autoinstall_known_extensions": False,
     "autoload_known_extensions": False,
-    "memory_limit": "3GB",
+    "enable_progress_bar_print": False,  # what is told is told by `Table.reading`
 }
 # Bytes of a row; the longest note of MIMIC-III has well under 1 MB.
 LONGEST_ROW = {"NOTEEVENTS": 16 << 20, "discharge": 16 << 20}
@@ -88,15 +88,16 @@ class Table(NamedTuple):
     def csv(self) -> str:
         """The table as SQL: all about the file is said, nothing is guessed.
 
-        One thread reads a file: quoted text spans lines, so a second one could not know where a row
-        begins.
+        One thread reads a table of notes: quoted text spans lines, so a second one could not know
+        where a row begins. duckdb holds all of such a file in memory, and of others a few buffers.
         """
         columns = ", ".join(f"{_quoted(column)}: 'VARCHAR'" for column in self.columns)
         path = _quoted(glob.escape(str(self.path)))
+        parallel = "false" if self.name in LONGEST_ROW else "true"
         longest = LONGEST_ROW.get(self.name, LONGEST_SHORT_ROW)
         return (
             f"read_csv({path}, auto_detect=false, header=true, delim=',', "
-            f"quote='\"', escape='\"', strict_mode=true, parallel=false, max_line_size={longest}, "
+            f"quote='\"', escape='\"', strict_mode=true, parallel={parallel}, max_line_size={longest}, "
             f"columns={{{columns}}})"
         )
 
