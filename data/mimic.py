@@ -39,7 +39,7 @@ from data.outcomes import (
     Layout,
     Outcomes,
 )
-from data.tables import DUCKDB_OPTIONS, NOT_A_TIME, find_table, holds, import_duckdb, not_whole
+from data.tables import NOT_A_TIME, connect, find_table, holds, import_duckdb, not_whole
 
 __all__ = ["MULTILABEL_TASKS", "TASKS", "AdmissionNotes", "open_mimic"]
 
@@ -231,7 +231,7 @@ class AdmissionNotes:
         for table in self._tables.values():
             table.check_content()
         with (
-            import_duckdb().connect(":memory:", config=DUCKDB_OPTIONS) as connection,
+            connect() as connection,
             # A file without a name, which is gone whenever this process is.
             tempfile.TemporaryFile(dir=self._spill_folder) as texts,
         ):

@@ -70,7 +70,6 @@ DUCKDB_OPTIONS = {
     "temp_directory": "",  # duckdb itself spills nothing
     "autoinstall_known_extensions": False,
     "autoload_known_extensions": False,
-    "enable_progress_bar_print": False,  # what is told is told by `Table.reading`
 }
 # Bytes of a row; the longest note of MIMIC-III has well under 1 MB.
 LONGEST_ROW = {"NOTEEVENTS": 16 << 20, "discharge": 16 << 20}
@@ -97,8 +96,8 @@ class Table(NamedTuple):
         longest = LONGEST_ROW.get(self.name, LONGEST_SHORT_ROW)
         return (
             f"read_csv({path}, auto_detect=false, header=true, delim=',', "
-            f"quote='\"', escape='\"', strict_mode=true, parallel={parallel}, max_line_size={longest}, "
-            f"columns={{{columns}}})"
+            f"quote='\"', escape='\"', strict_mode=true, parallel={parallel}, "
+            f"max_line_size={longest}, columns={{{columns}}})"
         )
 
     def check_content(self) -> None:
@@ -208,6 +207,14 @@ def import_duckdb() -> Any:
             "reading MIMIC needs duckdb, which is not installed; run: pip install -e .[mimic]"
         ) from None
     return duckdb
+
+
+def connect() -> Any:
+    """A duckdb in memory, which prints nothing by itself; to be closed."""
+    connection = import_duckdb().connect(":memory:", config=DUCKDB_OPTIONS)
+    # `Table.reading` asks how far it is, and says so on stderr.
+    connection.execute("SET enable_progress_bar = true; SET enable_progress_bar_print = false")
+    return connection
 
 
 def not_whole(column: str) -> str:

@@ -14,10 +14,10 @@ from data import mimic, outcomes, synthetic, ventilation
 from data.cache import tokenise
 from data.notes import Note
 from data.splits import split_notes
-from data.tables import COLUMNS, DUCKDB_OPTIONS, find_table
+from data.tables import COLUMNS, connect, find_table
 from tests.data.conftest import CharacterTokenizer
 
-duckdb = pytest.importorskip("duckdb", reason="the optional library duckdb is absent")
+pytest.importorskip("duckdb", reason="the optional library duckdb is absent")
 
 SECRET = "Zebrafish"
 
@@ -383,7 +383,7 @@ def test_spans_equal_the_rules_taken_moment_by_moment(tmp_path: Path) -> None:
         expected[stay] = spans_by_rule(list(every_moment))
     folder = write_mimic3(tmp_path, CHARTEVENTS=charts, PROCEDUREEVENTS_MV=extubations)
     layout = outcomes.MIMIC3.tables
-    with duckdb.connect(":memory:", config=DUCKDB_OPTIONS) as connection:
+    with connect() as connection:
         ventilation.load_spans(
             connection,
             find_table(folder, "CHARTEVENTS"),
@@ -473,5 +473,5 @@ def test_the_columns_of_real_mimic4_tables_are_known(real_data: Path) -> None:
     folder = real_data / "mimic-iv-synthetic"
     for name in ("admissions", "patients", "icustays", "diagnoses_icd", "procedures_icd"):
         table = find_table(folder, name)
-        with duckdb.connect() as connection, table.reading(connection):
+        with connect() as connection, table.reading(connection):
             assert connection.execute(f"SELECT count(*) FROM {table.csv()}").fetchone()[0] > 0
