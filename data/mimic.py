@@ -250,20 +250,21 @@ class AdmissionNotes:
         table = self._tables["notes"]
         keys: list[tuple[str, str, bool, str]] = []
         ends = [0]
-        with table.reading(connection):
-            rows = connection.execute(
-                f"""
-                SELECT hadm_id, day, coalesce(report, false), text
-                FROM {self._outcomes.rows("notes")}
-                WHERE of_discharge AND text <> '' AND hadm_id <> ''
-                """
-            )
-            while batch := rows.fetchmany(64):
-                for hadm_id, day, report, text in batch:
-                    stored = text.replace("\r\n", "\n").encode()
-                    texts.write(stored)
-                    ends.append(ends[-1] + len(stored))
-                    keys.append((hadm_id, day, report, hashlib.md5(stored).hexdigest()))
+        for number, piece in enumerate(table.pieces()):
+            with table.reading(connection, from_start=number == 0):
+                rows = connection.execute(
+                    f"""
+                    SELECT hadm_id, day, coalesce(report, false), text
+                    FROM {self._outcomes.rows("notes", piece)}
+                    WHERE of_discharge AND text <> '' AND hadm_id <> ''
+                    """
+                )
+                while batch := rows.fetchmany(64):
+                    for hadm_id, day, report, text in batch:
+                        stored = text.replace("\r\n", "\n").encode()
+                        texts.write(stored)
+                        ends.append(ends[-1] + len(stored))
+                        keys.append((hadm_id, day, report, hashlib.md5(stored).hexdigest()))
         columns = np.array(keys, dtype=object).reshape(-1, 4).T
         names = ("hadm_text", "day", "report", "text_digest")
         found = dict(zip(names, columns, strict=True)) | {"position": np.arange(len(keys))}

@@ -137,9 +137,10 @@ class Outcomes:
     def __init__(self, layout: Layout, tables: dict[str, Table], task: str, *, paper: bool) -> None:
         self.layout, self.tables, self.task, self.paper = layout, tables, task, paper
 
-    def rows(self, name: str) -> str:
-        """A table under the names that are used here, as SQL."""
-        return f"(SELECT {self.layout.tables[name][1]} FROM {self.tables[name].csv()})"
+    def rows(self, name: str, piece: Table | None = None) -> str:
+        """A table, or a piece of one, under the names that are used here, as SQL."""
+        table = piece or self.tables[name]
+        return f"(SELECT {self.layout.tables[name][1]} FROM {table.csv()})"
 
     def load(self, connection: Any) -> tuple[str, ...]:
         """Makes the tables admissions and outcomes; returns labels that no admission need have.

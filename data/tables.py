@@ -15,6 +15,7 @@ import csv
 import glob
 import gzip
 import io
+import os
 import re
 import sys
 import threading
@@ -74,6 +75,7 @@ DUCKDB_OPTIONS = {
 # Bytes of a row; the longest note of MIMIC-III has well under 1 MB.
 LONGEST_ROW = {"NOTEEVENTS": 16 << 20, "discharge": 16 << 20}
 LONGEST_SHORT_ROW = 1 << 20
+PIECE_BYTES = 32 << 20
 SAY_EVERY = 15.0  # seconds between two lines about long work
 
 
@@ -99,6 +101,28 @@ class Table(NamedTuple):
             f"quote='\"', escape='\"', strict_mode=true, parallel={parallel}, "
             f"max_line_size={longest}, columns={{{columns}}})"
         )
+
+    def pieces(self) -> Iterator[Table]:
+        """The table in files of whole records and some megabytes, which lie in memory.
+
+        A record ends at a newline with an even number of quotes before it.
+        """
+        with self.path.open("rb") as packed, _unpacked(self.path, packed) as file:
+            header = file.readline(LONGEST_SHORT_ROW)
+            rest, is_last = b"", False
+            while not is_last:
+                chunk = file.read(PIECE_BYTES)
+                is_last = not chunk
+                rest += chunk
+                end = len(rest) if is_last else _records_end(rest)
+                if end == 0 and not is_last:
+                    continue
+                with os.fdopen(os.memfd_create("records"), "wb") as piece:
+                    piece.write(header)
+                    piece.write(rest[:end])
+                    piece.flush()
+                    rest = rest[end:]
+                    yield self._replace(path=Path(f"/proc/self/fd/{piece.fileno()}"))
 
     def check_content(self) -> None:
         """Reads the file to its end for what duckdb lets pass; raises ValueError.
@@ -133,8 +157,11 @@ class Table(NamedTuple):
             )
 
     @contextlib.contextmanager
-    def reading(self, connection: Any) -> Iterator[None]:
-        """While duckdb reads the file: says how far it is, and turns its complaints into ours."""
+    def reading(self, connection: Any, *, from_start: bool = True) -> Iterator[None]:
+        """While duckdb reads the file: says how far it is, and turns its complaints into ours.
+
+        from_start: False for a later piece, whose rows duckdb counts anew.
+        """
         duckdb = import_duckdb()
         ended = threading.Event()
 
@@ -149,7 +176,7 @@ class Table(NamedTuple):
             yield
         except (duckdb.InvalidInputException, duckdb.IOException) as error:
             found = re.search(r"Error on Line: (\d+)", str(error))
-            row = f", row {found[1]}" if found else ""
+            row = f", row {found[1]}" if found and from_start else ""
             raise ValueError(
                 f"{self.path}{row}: not the CSV that MIMIC comes in (a field too many or too few, "
                 "a stray quote, a byte that is not UTF-8, or damage); copy or export the table "
@@ -163,6 +190,20 @@ class Table(NamedTuple):
         finally:
             ended.set()
             watcher.join()
+
+
+def _records_end(text: bytes) -> int:
+    """Where the last whole record of a text that begins with one ends; 0 where none does."""
+    end, quotes = len(text), text.count(b'"')
+    while True:
+        newline = text.rfind(b"\n", 0, end)
+        if newline < 0:
+            return 0
+        quotes -= text.count(b'"', newline, end)
+        if quotes % 2 == 0:
+            return newline + 1
+        # All newlines back to the quote before are inside the same cell.
+        end = text.rfind(b'"', 0, newline) + 1
 
 
 def find_table(folder: Path, name: str) -> Table:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import mimic, synthetic
+from data import mimic, synthetic, tables
 from data.cache import tokenise
 from data.notes import Note
 from data.splits import split_notes
@@ -150,6 +150,20 @@ def test_crlf_and_lower_case_give_the_same_notes(
     source = mimic.open_mimic(tmp_path)
     assert list(source) == notes
     assert source.fingerprint() != mimic.open_mimic(cohort / "mimic-iii").fingerprint()
+
+
+def test_a_table_in_many_pieces_gives_the_same_notes(
+    cohort: Path, notes: list[Note], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for size in (1000, 4099):  # bytes; most notes are longer
+        monkeypatch.setattr(tables, "PIECE_BYTES", size)
+        assert list(mimic.open_mimic(cohort / "mimic-iii")) == notes
+    table = tables.find_table(cohort / "mimic-iii", "NOTEEVENTS")
+    pieces = [piece.path.read_bytes() for piece in table.pieces()]
+    header = pieces[0].partition(b"\n")[0] + b"\n"
+    whole = gzip.decompress((cohort / "mimic-iii" / "NOTEEVENTS.csv.gz").read_bytes())
+    assert header + b"".join(piece.removeprefix(header) for piece in pieces) == whole
+    assert len(pieces) > 100
 
 
 def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
