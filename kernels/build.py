@@ -89,6 +89,11 @@ class Built(NamedTuple):
     spill_bytes: int  # stored to local memory because registers ran out
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """x with adjacent columns, as kernels read it; any distance between rows will do."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
 def capability_of(x: Tensor) -> int:
     """The compute capability whose lists apply to x's device; the interpreter takes the first."""
     if not x.is_cuda:

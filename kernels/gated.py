@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import reference
-from kernels.build import OPTIONS, Build, capability_of
+from kernels.build import OPTIONS, Build, as_rows, capability_of
 from kernels.timing import MODELS, ROWS, Case
 
 # Columns of a program and its warps, by capability: one 16-byte vector of bfloat16 a thread and
@@ -56,7 +56,7 @@ def _swiglu_backward(
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = _rows(gate), _rows(up)
+        gate, up = as_rows(gate), as_rows(up)
         ctx.save_for_backward(gate, up)
         rows, width = gate.shape
         out = gate.new_empty(rows, width)
@@ -71,7 +71,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        dy = _rows(dy)
+        dy = as_rows(dy)
         rows, width = gate.shape
         dgate, dup = gate.new_empty(rows, width), up.new_empty(rows, width)
         (block, warps), *_ = _CONFIGURATIONS[capability_of(gate)]
@@ -81,11 +81,6 @@ class _SwiGLU(torch.autograd.Function):
             BLOCK=block, num_warps=warps, **OPTIONS,
         )  # fmt: skip
         return dgate, dup
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x with adjacent columns; any distance between rows will do."""
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

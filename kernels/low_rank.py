@@ -34,7 +34,7 @@ from torch.nn.functional import linear
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kernels import dequantised, int8, reference
-from kernels.build import OPTIONS, Build, capability_of
+from kernels.build import OPTIONS, Build, as_rows, capability_of
 from kernels.down_projection import (
     RANK_STEP,
     WIDEST_OPERAND,
@@ -289,7 +289,7 @@ class _LowRankLinear(torch.autograd.Function):
         first = 3 * num_layers
         needs_a, needs_b = needs[first::2], needs[first + 1 :: 2]
         grads: list[Tensor | None] = [None] * len(tensors)
-        dys = [_rows(dy) for dy in douts]
+        dys = [as_rows(dy) for dy in douts]
 
         ds = torch.empty_like(s)
         for i, dy in enumerate(dys):
@@ -370,11 +370,6 @@ def _stacked_up(
     return b
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x with adjacent columns; any distance between rows will do."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def lora_linear(
     x: Tensor,
     layers: Sequence[LinearOperands],
@@ -403,7 +398,7 @@ def lora_linear(
             tensors += (adapter.A, adapter.B)
     keys = None if dropout_keys is None else dropout_keys.contiguous()
     plan = plan_of(layers, keys is not None)
-    return _LowRankLinear.apply(plan, route or _best(layers), _rows(x), keys, *tensors)
+    return _LowRankLinear.apply(plan, route or _best(layers), as_rows(x), keys, *tensors)
 
 
 def _best(layers: Sequence[LinearOperands]) -> Route:

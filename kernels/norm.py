@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import reference
-from kernels.build import OPTIONS, Build, capability_of
+from kernels.build import OPTIONS, Build, as_rows, capability_of
 from kernels.timing import MODELS, ROWS, Case
 
 # Columns of one thread, by capability: 8 are one 16-byte vector of bfloat16.
@@ -82,11 +82,6 @@ def _norm_backward(
         tl.store(parts + program.to(tl.int64) * D + columns, sums, inside)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x with adjacent columns; any distance between rows will do."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _block(width: int) -> int:
     return triton.next_power_of_2(width)
 
@@ -105,12 +100,12 @@ def _normalise(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The normalised rows, what was normalised, and 1 / root mean square of each row, float32."""
-    x, weight = _rows(x), weight.contiguous()
+    x, weight = as_rows(x), weight.contiguous()
     rows, width = x.shape
     out, rstd = x.new_empty(rows, width), x.new_empty(rows, dtype=torch.float32)
     total = x
     if residual is not None:
-        residual, total = _rows(residual), x.new_empty(rows, width)
+        residual, total = as_rows(residual), x.new_empty(rows, width)
     _norm_forward[(rows,)](
         x, residual, weight, out, total, rstd, x.stride(0),
         0 if residual is None else residual.stride(0), width, eps, **_launch(x),
@@ -127,8 +122,8 @@ def _through_normalise(
     *,
     needs_dweight: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    dy = _rows(dy)
-    dtotal = None if dtotal is None else _rows(dtotal)
+    dy = as_rows(dy)
+    dtotal = None if dtotal is None else as_rows(dtotal)
     count, width = x.shape
     # A frozen weight needs no sums over rows: a program for each row.
     rows = max(1, triton.cdiv(count, _PARTS)) if needs_dweight else 1

@@ -18,7 +18,7 @@ def as_table(folder: Path, kind: str, rows: list[dict[str, str]]) -> Path:
         lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
         path.write_text("\n".join(lines) + "\n")
     if kind == "parquet":
-        duckdb = pytest.importorskip("duckdb")
+        duckdb = pytest.importorskip("duckdb", reason="the optional library duckdb is absent")
         table = f"(SELECT * FROM read_csv('{path}', all_varchar=true))"
         duckdb.sql(f"COPY {table} TO '{path}.done' (FORMAT parquet)")
         path.with_name(f"{path.name}.done").rename(path)
