@@ -43,6 +43,8 @@ _OTHER_NAMES = {
     "--lora-target-modules": "--lora.target-modules",
     "--lr-scheduler-type": "--optim.schedule",
     "--max-grad-norm": "--optim.clip",
+    "--min-lr": "--optim.min-lr-ratio",
+    "--min-lr-ratio": "--optim.min-lr-ratio",
     "--max-seq-len": "--max-length",
     "--max-seq-length": "--max-length",
     "--max-steps": "--steps",
@@ -461,6 +463,8 @@ def why_unused(flag: str, config: RunConfig) -> str | None:
         config.p_tuning.encoder != "lstm"
     ):
         reason = f"a setting of an LSTM, but --p-tuning.encoder is {config.p_tuning.encoder}"
+    elif flag == "--optim.min-lr-ratio" and config.optim.schedule == "constant":
+        reason = "a setting of a rate that falls, but --optim.schedule is constant"
     elif flag.startswith("--int8.") and config.base_dtype != "int8":
         reason = "a setting of --base-dtype int8"
     elif flag in ("--truncate", "--class-weights") and not is_downstream:

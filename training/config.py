@@ -156,7 +156,9 @@ class OptimSettings:
     """AdamW and its learning-rate schedule; checked by the RunConfig that holds them."""
 
     schedule: Schedule = "linear"
-    """How the learning rate falls after the warm-up: not, in a line to 0, in half a cosine to 0."""
+    """How the learning rate falls after the warm-up: not, in a line, or in half a cosine."""
+    min_lr_ratio: float = 0.0
+    """Share of --lr that linear and cosine fall to at the end of the run."""
     warmup_steps: int | None = None
     """Steps over which the learning rate climbs in a line to --lr. Default: a twentieth of all."""
     beta1: float = 0.9
@@ -177,6 +179,9 @@ class OptimSettings:
         """Raise ValueError naming the flag whose value is out of range."""
         warmup = self.warmup_steps
         _check("--optim.warmup-steps", warmup, "0 or more", warmup is None or warmup >= 0)
+        _check(
+            "--optim.min-lr-ratio", self.min_lr_ratio, "from 0 to 1", 0 <= self.min_lr_ratio <= 1
+        )
         _check("--optim.beta1", self.beta1, "from 0 to below 1", 0 <= self.beta1 < 1)
         _check("--optim.beta2", self.beta2, "from 0 to below 1", 0 <= self.beta2 < 1)
         _check("--optim.eps", self.eps, "a number above 0", self.eps > 0)

@@ -19,9 +19,10 @@ from training.config import OptimSettings
 def learning_rate(step: int, *, peak: float, settings: OptimSettings, total_steps: int) -> float:
     """The rate of update `step` (0-based): a climb from peak / warm-up, then the schedule.
 
-    With w warm-up steps and T in all, f = (step - w) / (T - w):
-    warm-up: peak (step + 1) / w; linear: peak (1 - f); cosine: peak (1 + cos(pi f)) / 2.
-    The decays reach 0 at step T, one past the last update, so no update is wasted.
+    With w warm-up steps, T in all, f = (step - w) / (T - w) and m the least share of the peak:
+    warm-up: peak (step + 1) / w; linear: peak (m + (1 - m) (1 - f));
+    cosine: peak (m + (1 - m) (1 + cos(pi f)) / 2).
+    The decays reach m peak at step T, one past the last update, so with m = 0 none is wasted.
     """
     warmup = settings.warmup_steps
     if warmup is None:
@@ -31,9 +32,10 @@ def learning_rate(step: int, *, peak: float, settings: OptimSettings, total_step
     if settings.schedule == "constant":
         return peak
     done = (step - warmup) / max(1, total_steps - warmup)
-    if settings.schedule == "linear":
-        return peak * max(0.0, 1.0 - done)
-    return peak * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+    left = max(0.0, 1.0 - done)
+    if settings.schedule == "cosine":
+        left = 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+    return peak * (settings.min_lr_ratio + (1.0 - settings.min_lr_ratio) * left)
 
 
 class EightBitAdamW(torch.optim.Optimizer):

@@ -150,6 +150,14 @@ REFUSED = {
         [*LABEL, "--adapter", "none", "--lora.r", "4"],
         "--lora.r would have no effect: it is a setting of --adapter lora",
     ),
+    "least rate of none": (
+        [*CLINICAL, "--optim.schedule", "constant", "--optim.min-lr-ratio", "0.1"],
+        "--optim.min-lr-ratio would have no effect",
+    ),
+    "least rate above the peak": (
+        [*CLINICAL, "--optim.min-lr-ratio", "1.1"],
+        "--optim.min-lr-ratio must be from 0 to 1, got 1.1",
+    ),
     "truncate nothing": ([*CLINICAL, "--truncate", "tail"], "a setting of --stage downstream"),
     "weigh nothing": ([*CLINICAL, "--no-class-weights"], "a setting of --stage downstream"),
     "label of mor": (

@@ -1,5 +1,6 @@
 """Schedules against their closed forms; clipping and AdamW against torch and a float64 account."""
 
+import itertools
 import math
 
 import pytest
@@ -19,8 +20,10 @@ from training.optim import (
 )
 
 
-def rates(schedule: str, *, warmup: int | None, total: int) -> list[float]:
-    settings = OptimSettings(schedule=schedule, warmup_steps=warmup)
+def rates(
+    schedule: str, *, warmup: int | None, total: int, min_lr_ratio: float = 0.0
+) -> list[float]:
+    settings = OptimSettings(schedule=schedule, warmup_steps=warmup, min_lr_ratio=min_lr_ratio)
     return [
         learning_rate(step, peak=2.0, settings=settings, total_steps=total)
         for step in range(total + 1)
@@ -53,6 +56,35 @@ def test_cosine_falls_to_zero_with_its_middle_halfway(warmup: int) -> None:
     expected = [1.0 + math.cos(math.pi * i / steps) for i in range(steps + 1)]
     assert found == pytest.approx(expected, abs=1e-15)
     assert rates("cosine", warmup=0, total=10)[5] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_the_least_rate_is_a_share_of_the_peak(schedule: str) -> None:
+    """By hand at start, middle and end: peak 2, least 0.2, ten steps of warm-up in fifty."""
+    found = rates(schedule, warmup=10, total=50, min_lr_ratio=0.1)
+    assert found[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert found[10] == pytest.approx(2.0)
+    assert found[30] == pytest.approx(1.1)  # halfway between 2 and 0.2
+    assert found[50] == pytest.approx(0.2)
+    quarter = {"linear": 0.75, "cosine": (1 + math.sqrt(0.5)) / 2}[schedule]
+    assert found[20] == pytest.approx(0.2 + 1.8 * quarter)
+    assert all(a > b for a, b in itertools.pairwise(found[10:]))
+    assert rates(schedule, warmup=0, total=9, min_lr_ratio=1.0) == [2.0] * 10
+
+
+def test_the_cosine_is_that_of_transformers() -> None:
+    """`get_cosine_with_min_lr_schedule_with_warmup` behind the warm-up, which there begins at 0."""
+    from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
+    optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(optimiser, 6, 40, min_lr_rate=0.25)
+    theirs = []
+    for _ in range(41):
+        theirs.append(optimiser.param_groups[0]["lr"])
+        optimiser.step()
+        schedule.step()
+    ours = rates("cosine", warmup=6, total=40, min_lr_ratio=0.25)
+    assert ours[6:] == pytest.approx(theirs[6:])
 
 
 def test_warm_up_is_a_twentieth_by_default() -> None:
