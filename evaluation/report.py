@@ -1,14 +1,13 @@
 """report.html: the results of a scored run as one page that a clinician can read.
 
-The page is a single file without scripts and without anything from elsewhere (its own policy
-forbids both), made of numbers, names of labels and columns, and settings; it opens offline, prints,
-and is read on a phone. It says what results.json says, and draws the curves that are not in there.
+The page (`evaluation/page.py`) is made of numbers, names of labels and columns, and settings. It
+says what results.json says, and draws the curves that are not in there.
 
 Invariant: whatever comes from data or settings passes `escape`; no note and no identifier comes in.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,57 +17,22 @@ from numpy.typing import NDArray
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from evaluation.figures import UNIT_TICKS, Axis, Line, chart
+from evaluation.page import (
+    charts,
+    flattened,
+    interval_text,
+    number,
+    number_with_interval,
+    page,
+    section,
+    table,
+)
 from evaluation.subgroups import FEWEST_PATIENTS
 from model.files import write_whole
 
 MOST_POINTS = 200  # of a curve
 MOST_CURVES = 6  # classes with a curve of their own; above, one curve over all pairs
 Points = list[tuple[float, float]]
-
-STYLE = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 62rem; padding: 1.5rem 1.25rem 4rem; background: #fff;
-  color: #1a1a1a; font: 16px/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .4rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.25rem; margin: 2.6rem 0 .4rem; padding-top: .7rem; border-top: 1px solid #ccc; }
-p { margin: .5rem 0 .8rem; max-width: 46rem; overflow-wrap: anywhere; }
-.source { color: #444; }
-.headlines { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.2rem 0; padding: 0;
-  list-style: none; }
-.headlines li { flex: 1 1 10rem; border: 1px solid #bbb; border-radius: .4rem;
-  padding: .7rem .9rem; }
-.headlines b { display: block; font-size: 1.6rem; line-height: 1.25;
-  font-variant-numeric: tabular-nums; }
-.headlines small { color: #444; font-size: .85rem; }
-.warning { border-left: .3rem solid #b34700; background: #fff4ec; padding: .6rem .9rem; }
-.table { overflow-x: auto; margin: .8rem 0 1.2rem; }
-.table:focus-visible { outline: 2px solid #0072B2; }
-table { border-collapse: collapse; font-size: .93rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding-bottom: .35rem; }
-th, td { text-align: left; vertical-align: top; padding: .3rem 1rem .3rem 0;
-  border-bottom: 1px solid #ddd; }
-thead th { border-bottom: 2px solid #777; vertical-align: bottom; }
-tbody th { font-weight: 500; }
-.wide { font-size: .88rem; }
-.wide th, .wide td { white-space: nowrap; }
-.settings td { overflow-wrap: anywhere; min-width: 12rem; }
-.charts { display: flex; flex-wrap: wrap; gap: 1.5rem; }
-figure { flex: 1 1 20rem; max-width: 30rem; margin: .6rem 0; }
-figcaption { font-weight: 600; margin-bottom: .3rem; }
-.chart { width: 100%; height: auto; display: block; }
-@media (max-width: 40rem) {
-  body { padding: 1rem .9rem 3rem; }
-  h1 { font-size: 1.4rem; }
-  th, td { padding-right: .8rem; }
-}
-@media print {
-  body { max-width: none; padding: 0; font-size: 11pt; }
-  .table { overflow: visible; }
-  figure, tr { break-inside: avoid; }
-  h2 { break-after: avoid; }
-}
-"""
 
 
 class Curve(NamedTuple):
@@ -137,8 +101,8 @@ def write_report(
     curves: Curves | None = None,
 ) -> None:
     """Write the page for the results of `evaluation.score` and the run.json of the run."""
-    page = report_html(results, record, history, curves)
-    write_whole(path, lambda aside: aside.write_text(page, encoding="utf-8"))
+    text = report_html(results, record, history, curves)
+    write_whole(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def report_html(
@@ -161,17 +125,7 @@ def report_html(
             _labels(results),
         ]
     sections += [_notes(results, record), _training(history), _settings(results, record)]
-    title = escape(_title(record))
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="referrer" content="no-referrer">\n'
-        f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        "<main>\n" + "\n".join(section for section in sections if section) + "\n"
-        "</main>\n</body>\n</html>\n"
-    )
+    return page(_title(record), sections)
 
 
 def seen_warning(results: Mapping[str, Any]) -> str | None:
@@ -220,11 +174,11 @@ def _summary(results: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     for key, name in (("auroc", "AUROC"), ("auprc", "AUPRC"), ("accuracy", "Accuracy")):
         if key in results:
             interval = results[f"{key}_ci"]
-            between = f"95% interval {_interval(interval)}" if interval else "no interval"
-            shown.append((name, _figure(results[key]), between))
+            between = f"95% interval {interval_text(interval)}" if interval else "no interval"
+            shown.append((name, number(results[key]), between))
     if results.get("calibration"):
         ece = results["calibration"]["before"]["ece"]
-        shown.append(("Calibration error", _figure(ece), "mean distance, before scaling"))
+        shown.append(("Calibration error", number(ece), "mean distance, before scaling"))
     if "perplexity" in results:
         without = results["perplexity_base"]
         told = "no adapter" if without is None else f"without the adapters {without:,.3f}"
@@ -240,18 +194,18 @@ def _perplexity(results: Mapping[str, Any]) -> str:
     rows = [["with the adapters", f"{results['perplexity']:,.4f}"]]
     if results["perplexity_base"] is not None:
         rows.append(["base alone", f"{results['perplexity_base']:,.4f}"])
-    return _section(
+    return section(
         "Perplexity",
         "How surprised the model is by a token of the notes, on average: 1 is never. It is the "
         f"exponential of the mean loss over {results['tokens']:,} tokens, every token once.",
-        _table("Perplexity", ["model", "perplexity"], rows),
+        table("Perplexity", ["model", "perplexity"], rows),
     )
 
 
 def _discrimination(results: Mapping[str, Any], curves: Curves) -> str:
     units = results["clusters_are"]
     rows = [
-        [name, _figure(results[key]), _interval(results[f"{key}_ci"])]
+        [name, number(results[key]), interval_text(results[f"{key}_ci"])]
         for key, name in (
             ("auroc", "AUROC"),
             ("auprc", "AUPRC"),
@@ -260,7 +214,7 @@ def _discrimination(results: Mapping[str, Any], curves: Curves) -> str:
         )
     ]
     if results.get("auroc_ceiling") is not None:
-        rows.append(["best AUROC that can be reached", _figure(results["auroc_ceiling"]), ""])
+        rows.append(["best AUROC that can be reached", number(results["auroc_ceiling"]), ""])
     words = (
         "AUROC is the chance that a note with the outcome is ranked above one without: 0.5 is a "
         "coin, 1 is never wrong. AUPRC is the precision at each threshold, averaged over the "
@@ -272,14 +226,14 @@ def _discrimination(results: Mapping[str, Any], curves: Curves) -> str:
             f" {results['labels_scored']:,} of {len(results['per_label']):,} labels occur both with"
             " and without among these notes; the others have no AUROC and are in no mean."
         )
-    content = _table("Discrimination", ["metric", "value", "95% interval"], rows)
+    content = table("Discrimination", ["metric", "value", "95% interval"], rows)
     if curves.curves:
         named = ", ".join(curve.name for curve in curves.curves)
         roc = chart(
             "roc",
             "ROC curve",
             f"Sensitivity against 1 - specificity at every threshold, of {named}. "
-            f"AUROC {_figure(results['auroc'])}.",
+            f"AUROC {number(results['auroc'])}.",
             [Line(curve.name, curve.roc) for curve in curves.curves],
             Axis("1 - specificity", 0, 1, UNIT_TICKS),
             Axis("sensitivity", 0, 1, UNIT_TICKS),
@@ -289,7 +243,7 @@ def _discrimination(results: Mapping[str, Any], curves: Curves) -> str:
             "pr",
             "Precision-recall curve",
             f"Precision against recall at every threshold, of {named}. "
-            f"AUPRC {_figure(results['auprc'])}; share with the outcome {curves.prevalence:.3f}.",
+            f"AUPRC {number(results['auprc'])}; share with the outcome {curves.prevalence:.3f}.",
             [
                 *(Line(curve.name, curve.precision_recall) for curve in curves.curves),
                 Line("share with the outcome", [(0, curves.prevalence), (1, curves.prevalence)]),
@@ -297,8 +251,8 @@ def _discrimination(results: Mapping[str, Any], curves: Curves) -> str:
             Axis("recall (sensitivity)", 0, 1, UNIT_TICKS),
             Axis("precision (PPV)", 0, 1, UNIT_TICKS),
         )
-        content += _figures([("ROC curve", roc), ("Precision-recall curve", precision)])
-    return _section("How well it ranks", words, content)
+        content += charts([("ROC curve", roc), ("Precision-recall curve", precision)])
+    return section("How well it ranks", words, content)
 
 
 def _calibration(results: Mapping[str, Any]) -> str:
@@ -324,7 +278,7 @@ def _calibration(results: Mapping[str, Any]) -> str:
         ("log_loss", "Log loss"),
     )
     columns = [before] if after is None else [before, after]
-    rows = [[name, *(_figure(column[key]) for column in columns)] for key, name in names]
+    rows = [[name, *(number(column[key]) for column in columns)] for key, name in names]
     header = ["error (0 is best)", "as predicted", "after scaling"][: 1 + len(columns)]
     labels = ("as predicted", "after temperature scaling")
     lines = [
@@ -336,17 +290,17 @@ def _calibration(results: Mapping[str, Any]) -> str:
         "Reliability diagram",
         "Share with the outcome against the mean predicted probability, in ten bins of equal "
         "width. A calibrated model lies on the diagonal. Expected calibration error "
-        + " and after scaling ".join(_figure(column["ece"]) for column in columns)
+        + " and after scaling ".join(number(column["ece"]) for column in columns)
         + ".",
         lines,
         Axis("predicted probability", 0, 1, UNIT_TICKS),
         Axis("share with the outcome", 0, 1, UNIT_TICKS),
         diagonal="calibrated",
     )
-    return _section(
+    return section(
         "Whether its probabilities hold",
         "Of notes with a predicted risk of 20%, one in five should have the outcome. " + told,
-        _table("Calibration", header, rows) + _figures([("Reliability diagram", drawn)]),
+        table("Calibration", header, rows) + charts([("Reliability diagram", drawn)]),
     )
 
 
@@ -365,7 +319,7 @@ def _thresholds(results: Mapping[str, Any]) -> str:
             f"{row['threshold']:.3f}",
             named[row["rule"]],
             *(
-                _with_interval(row[name], row[f"{name}_ci"], percent=True)
+                number_with_interval(row[name], row[f"{name}_ci"], percent=True)
                 for name in ("flagged", "sensitivity", "specificity", "ppv", "npv")
             ),
         ]
@@ -378,10 +332,10 @@ def _thresholds(results: Mapping[str, Any]) -> str:
     if len({row["rule"] for row in results["thresholds"]}) > 1:
         words += "Thresholds that are not fixed were chosen on the validation notes. "
     words += "In brackets: 95% interval."
-    return _section(
+    return section(
         "What a threshold would do",
         words,
-        _table("Thresholds", [*header, "PPV", "NPV"], rows, kind="wide"),
+        table("Thresholds", [*header, "PPV", "NPV"], rows, kind="wide"),
     )
 
 
@@ -400,14 +354,16 @@ def _subgroups(results: Mapping[str, Any]) -> str:
         else:
             cells += [f"{row['n']:,}", f"{row['clusters']:,}"]
             cells += [f"{row['positives']:,}"] if has_positives else []
-            cells += [_with_interval(row[key], row[f"{key}_ci"]) for key in ("auroc", "auprc")]
+            cells += [
+                number_with_interval(row[key], row[f"{key}_ci"]) for key in ("auroc", "auprc")
+            ]
         rows.append(cells)
-    return _section(
+    return section(
         "Groups of patients",
         "The same model on parts of the same notes. Where intervals overlap, a difference can be "
         "chance; AUPRC also follows how common the outcome is in the group. Notes whose group is "
         f"not known are in no row, and one with under {FEWEST_PATIENTS} {units} has no figures.",
-        _table("Subgroups", [*header, "AUROC", "AUPRC"], rows, kind="wide"),
+        table("Subgroups", [*header, "AUROC", "AUPRC"], rows, kind="wide"),
     )
 
 
@@ -423,20 +379,20 @@ def _comparison(results: Mapping[str, Any]) -> str:
         rows.append(
             [
                 name,
-                _figure(row["this"]),
-                _figure(row["other"]),
-                _figure(row["difference"], signed=True),
-                _interval(row["ci"], signed=True),
+                number(row["this"]),
+                number(row["other"]),
+                number(row["difference"], signed=True),
+                interval_text(row["ci"], signed=True),
                 p,
             ]
         )
     header = ["metric", "this run", "other run", "difference", "95% interval", "p"]
-    return _section(
+    return section(
         "Beside another run",
         f"The other run is {found['run']}, on the same notes. Both were resampled with the same "
         f"{results['clusters_are']}; an interval without 0 says that the difference is more than "
         "chance.",
-        _table("Paired comparison", header, rows, kind="wide"),
+        table("Paired comparison", header, rows, kind="wide"),
     )
 
 
@@ -447,15 +403,15 @@ def _labels(results: Mapping[str, Any]) -> str:
         [
             name,
             f"{label['positives']:,}",
-            *(_with_interval(label[key], label[f"{key}_ci"]) for key in ("auroc", "auprc")),
+            *(number_with_interval(label[key], label[f"{key}_ci"]) for key in ("auroc", "auprc")),
         ]
         for name, label in results["per_label"].items()
     ]
-    return _section(
+    return section(
         "Label by label",
         "Each label against all notes without it. An interval is missing where too few patients "
         "have the label.",
-        _table("Labels", ["label", "notes with it", "AUROC", "AUPRC"], rows, kind="wide"),
+        table("Labels", ["label", "notes with it", "AUROC", "AUPRC"], rows, kind="wide"),
     )
 
 
@@ -474,11 +430,11 @@ def _notes(results: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         rows.append(["scored here, with the outcome", f"{results['positives']:,}"])
     if "truncated" in results:
         rows.append(["scored here, longer than the model reads", f"{results['truncated']:,}"])
-    content = _table("Notes of the run", ["notes", "count"], rows)
+    content = table("Notes of the run", ["notes", "count"], rows)
     if results.get("exclusions"):
         reasons = [[reason, f"{count:,}"] for reason, count in results["exclusions"].items()]
-        content += _table("What became of every admission", ["admissions", "count"], reasons)
-    return _section("Notes", f"Split {record['split']}.", content)
+        content += table("What became of every admission", ["admissions", "count"], reasons)
+    return section("Notes", f"Split {record['split']}.", content)
 
 
 def _training(history: Sequence[Mapping[str, float]]) -> str:
@@ -502,7 +458,7 @@ def _training(history: Sequence[Mapping[str, float]]) -> str:
             drawn.append((title, chart(name, title, described, lines, *axes)))
     if not drawn:
         return ""
-    return _section("Training", "Means of neighbouring steps.", _figures(drawn))
+    return section("Training", "Means of neighbouring steps.", charts(drawn))
 
 
 def _averaged(points: Points) -> Points:
@@ -518,7 +474,7 @@ def _settings(results: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     environment = record["environment"]
     settings = [
         [f"--{flag}", " ".join(map(str, value)) if isinstance(value, list) else str(value)]
-        for flag, value in _flattened(record["config"])
+        for flag, value in flattened(record["config"])
         if value is not None
     ]
     origin = [
@@ -532,77 +488,10 @@ def _settings(results: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     ]
     prints = [[name, digest or "none"] for name, digest in record["fingerprints"].items()]
     prints.append(["data scored here", results["data_fingerprint"]])
-    return _section(
+    return section(
         "Settings and fingerprints",
         "Two runs with the same settings and fingerprints give the same results.",
-        _table("Settings", ["setting", "value"], settings, kind="settings")
-        + _table("Origin", ["what", "value"], origin, kind="settings")
-        + _table("Fingerprints (SHA-256)", ["of", "digest"], prints, kind="settings"),
+        table("Settings", ["setting", "value"], settings, kind="settings")
+        + table("Origin", ["what", "value"], origin, kind="settings")
+        + table("Fingerprints (SHA-256)", ["of", "digest"], prints, kind="settings"),
     )
-
-
-def _flattened(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in config.items():
-        flag = prefix + name.replace("_", "-")
-        if isinstance(value, Mapping):
-            yield from _flattened(value, f"{flag}.")
-        else:
-            yield flag, value
-
-
-# The parts of a page ------------------------------------------------------------------------------
-
-
-def _section(heading: str, words: str, content: str) -> str:
-    """A section under a heading; `words` is plain text, `content` is HTML."""
-    return f"<section>\n<h2>{escape(heading)}</h2>\n<p>{escape(words)}</p>\n{content}\n</section>"
-
-
-def _table(
-    caption: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, kind: str = "plain"
-) -> str:
-    """A table of plain text whose first cells head their rows; it scrolls by itself when wide."""
-    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
-    body = "\n".join(
-        f'<tr><th scope="row">{escape(row[0])}</th>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
-        + "</tr>"
-        for row in rows
-    )
-    return (
-        f'<div class="table" role="region" tabindex="0" aria-label="{escape(caption)}">'
-        f'<table class="{kind}"><caption>{escape(caption)}</caption>'
-        f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>\n"
-    )
-
-
-def _figures(drawn: Iterable[tuple[str, str]]) -> str:
-    figures = (
-        f"<figure><figcaption>{escape(title)}</figcaption>{svg}</figure>" for title, svg in drawn
-    )
-    return '<div class="charts">' + "".join(figures) + "</div>"
-
-
-def _figure(value: float | None, *, signed: bool = False) -> str:
-    if value is None:
-        return "not defined"
-    return f"{value:+.3f}" if signed else f"{value:.3f}"
-
-
-def _interval(interval: Sequence[float] | None, *, signed: bool = False) -> str:
-    if interval is None:
-        return "none"
-    low, high = (_figure(value, signed=signed) for value in interval)
-    return f"{low} to {high}"
-
-
-def _with_interval(
-    value: float | None, interval: Sequence[float] | None, *, percent: bool = False
-) -> str:
-    if value is None:
-        return "not defined"
-    if percent:
-        between = "" if interval is None else f" ({100 * interval[0]:.0f}-{100 * interval[1]:.0f})"
-        return f"{100 * value:.0f}%{between}"
-    between = "" if interval is None else f" ({_interval(interval)})"
-    return f"{_figure(value)}{between}"
