@@ -6,7 +6,8 @@ A checkpoint is a folder `checkpoints/step-000060/` of safetensors and JSON:
     optimiser.safetensors  AdamW's moments (float32 or int8) and step counts, by parameter
     random.safetensors     the generators' states
     state.json             step, data position, best validation so far, lines of metrics.jsonl
-    manifest.json          size and SHA-256 of each of them, and its own SHA-256; written last
+    manifest.json          the run (`training.record.identity`), size and SHA-256 of each of them,
+                           and its own SHA-256; written last
 
 Two invariants. The folder is made aside, synced and renamed, so a name of the form step-N is always
 complete; and nothing of it is used before every byte has been compared with the manifest, because
@@ -38,7 +39,7 @@ from model.files import (
     write_sealed_json,
 )
 
-FORMAT = 1
+FORMAT = 2
 _FILES = ("weights.safetensors", "optimiser.safetensors", "random.safetensors", "state.json")
 _NAME = re.compile(r"step-(\d{6,})")
 
@@ -58,11 +59,12 @@ def save_checkpoint(
     folder: Path,
     step: int,
     *,
+    run: str,
     weights: Mapping[str, Tensor],
     optimiser: Mapping[str, Tensor],
     state: Mapping[str, Any],
 ) -> Path:
-    """Write `folder`/step-N, whole or not at all."""
+    """Write `folder`/step-N of the run of this identity, whole or not at all."""
     path = step_folder(folder, step)
     if path.exists():  # a damaged one, which a resumed run has passed over
         _delete(path)
@@ -72,13 +74,14 @@ def save_checkpoint(
         write_safetensors(aside / "random.safetensors", random_state())
         write_json(aside / "state.json", dict(state))
         files = describe_files(aside, _FILES)
-        write_sealed_json(aside / "manifest.json", {"format": FORMAT, "step": step, "files": files})
+        manifest = {"format": FORMAT, "run": run, "step": step, "files": files}
+        write_sealed_json(aside / "manifest.json", manifest)
     return path
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def load_checkpoint(path: Path, *, run: str) -> Checkpoint:
     """Read one checkpoint; ValueError names the file that is not what was written."""
-    step = check_checkpoint(path)
+    step = check_checkpoint(path, run=run)
     return Checkpoint(
         step=step,
         weights=_read_tensors(path / "weights.safetensors"),
@@ -88,18 +91,18 @@ def load_checkpoint(path: Path) -> Checkpoint:
     )
 
 
-def load_weights(path: Path) -> dict[str, Tensor]:
+def load_weights(path: Path, *, run: str) -> dict[str, Tensor]:
     """Read the weights of one checkpoint, the whole of which is verified first."""
-    check_checkpoint(path)
+    check_checkpoint(path, run=run)
     return _read_tensors(path / "weights.safetensors")
 
 
-def newest_good(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+def newest_good(folder: Path, *, run: str) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that verifies, and what was wrong with the newer ones."""
     complaints: list[str] = []
     for step in reversed(saved_steps(folder)):
         try:
-            return load_checkpoint(step_folder(folder, step)), complaints
+            return load_checkpoint(step_folder(folder, step), run=run), complaints
         except (ValueError, OSError) as error:
             complaints.append(str(error))
     return None, complaints
@@ -154,14 +157,16 @@ def _delete(path: Path) -> None:
     shutil.rmtree(aside)
 
 
-def check_checkpoint(path: Path) -> int:
+def check_checkpoint(path: Path, *, run: str) -> int:
     """Compare every byte of a checkpoint with its manifest; returns the step that it is of.
 
-    Raises ValueError with the name of the file that is not what was written.
+    Raises ValueError with the name of the file that is not what was written, or is another run's.
     """
     manifest = read_sealed_json(path / "manifest.json")
     if manifest.get("format") != FORMAT or set(manifest["files"]) != set(_FILES):
         raise ValueError(f"{path}/manifest.json is not of format {FORMAT}, the one that is read")
+    if manifest["run"] != run:
+        raise ValueError(f"{path}/manifest.json is of another run than the one in this folder")
     step = int(manifest["step"])
     if step_folder(path.parent, step) != path:
         raise ValueError(f"{path}/manifest.json is of step {step}, not of the step in its name")

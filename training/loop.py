@@ -1,6 +1,6 @@
 """The loop that every stage runs: step, validate, save, until the last step or a signal.
 
-Invariant: a checkpoint is a complete account of the moment between two steps. What `Loop.resume`
+Invariant: a checkpoint is a complete account of the moment between two steps. What `Loop.begin`
 puts back is all that the next step depends on, so a resumed run goes on to the same bits.
 """
 
@@ -47,7 +47,7 @@ class Position:
 
 
 class Loop:
-    """The steps of one run: `resume` or not, then `run`, then `load_kept`."""
+    """The steps of one run: `begin`, then `run`, then `load_kept`."""
 
     def __init__(
         self,
@@ -68,6 +68,7 @@ class Loop:
         self._validate = validate
         self._ranks = ranks
         self._checkpoints = checkpoints
+        self._run = ""  # its identity, which `begin` gives
         self._parameters = {
             name: p for name, p in objective.model.named_parameters() if p.requires_grad
         }
@@ -75,19 +76,24 @@ class Loop:
         self._eval_every = steps_between_validations(config, total_steps)
         self._checkpoint_every = config.checkpoint_every or self._eval_every
 
-    def resume(self) -> tuple[int, list[str]]:
-        """Go to the newest good checkpoint, or stay at the start if there is none.
+    def begin(self, run: str, *, resume: bool) -> tuple[int, list[str]]:
+        """Stay at the start, or with `resume` go to the newest good checkpoint if there is one.
+
+        run: the run's identity, which its checkpoints carry (`training.record.identity`).
 
         Returns the lines that metrics.jsonl had then, and what was wrong with newer checkpoints.
         Raises ValueError if the best validation's weights, which the run is to keep, are damaged.
         """
-        checkpoint, complaints = newest_good(self._checkpoints)
+        self._run = run
+        if not resume:
+            return 0, []
+        checkpoint, complaints = newest_good(self._checkpoints, run=run)
         if checkpoint is None:
             return 0, complaints
         best = checkpoint.state["position"]["best"]
         if self._config.keep == "best" and best is not None and best["step"] != checkpoint.step:
             try:
-                check_checkpoint(step_folder(self._checkpoints, best["step"]))
+                check_checkpoint(step_folder(self._checkpoints, best["step"]), run=run)
             except ValueError as error:
                 raise ValueError(
                     f"{error}; it belongs to the weights of the best validation: put it back, or "
@@ -185,7 +191,8 @@ class Loop:
         best, last = self.position.best, self.position.step
         if self._config.keep == "last" or best is None or best["step"] == last:
             return last
-        self._load_parameters(load_weights(step_folder(self._checkpoints, best["step"])))
+        path = step_folder(self._checkpoints, best["step"])
+        self._load_parameters(load_weights(path, run=self._run))
         return int(best["step"])
 
     def last_good(self) -> str:
@@ -202,6 +209,7 @@ class Loop:
         save_checkpoint(
             self._checkpoints,
             self.position.step,
+            run=self._run,
             weights={name: p.detach() for name, p in self._parameters.items()},
             optimiser=optimiser_state(self._optimiser, self._parameters),
             state={

@@ -5,7 +5,9 @@ adapter, counts, and at the end which step's weights were kept. Invariant: numbe
 columns, labels and files, never a note or a patient's id.
 """
 
+import hashlib
 import importlib.metadata
+import json
 import platform
 import subprocess
 import time
@@ -54,6 +56,18 @@ def make_record(
         "parameters": {"trainable": trainable, "all": total},
         "total_steps": total_steps,
     }
+
+
+def identity(record: Mapping[str, Any]) -> str:
+    """SHA-256 of what decides a run's steps; its checkpoints carry it, so no other run takes them.
+
+    Two runs of the same settings, notes and base are the same run, in whatever folders they are.
+    """
+    config = {
+        name: value for name, value in record["config"].items() if name not in _FREE_ON_RESUME
+    }
+    steps = [config, record["fingerprints"], record["labels"], record["total_steps"]]
+    return hashlib.sha256(json.dumps(steps, sort_keys=True).encode()).hexdigest()
 
 
 def check_same_run(saved: Mapping[str, Any], record: Mapping[str, Any]) -> None:

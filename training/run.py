@@ -47,7 +47,7 @@ from training.loop import Loop, steps_between_validations
 from training.objective import Classification, LanguageModelling, balanced_class_weights
 from training.parallel import Ranks, held_parameters, shard, start, stop
 from training.progress import Progress
-from training.record import check_same_run, make_record
+from training.record import check_same_run, identity, make_record
 from training.run_folder import (
     HEAD_FILE,
     RUN_FILE,
@@ -128,7 +128,7 @@ def _run(
         _told_of_full_disks(loop),
         _owned_folder(out, record, ranks, resume=resume, overwrite=overwrite),
     ):
-        metrics_lines, complaints = loop.resume() if resume else (0, [])
+        metrics_lines, complaints = loop.begin(identity(read_record(out)), resume=resume)
         ranks.wait()  # nobody writes before everybody has read
         progress = Progress(
             out if ranks.is_first else None,

@@ -31,6 +31,9 @@ FILES = (
 )
 
 
+RUN = "the run's identity"
+
+
 def save(folder: Path, step: int, *, best: int | None = None) -> Path:
     generator = torch.Generator().manual_seed(step)
     weights = {
@@ -41,6 +44,7 @@ def save(folder: Path, step: int, *, best: int | None = None) -> Path:
     return save_checkpoint(
         folder,
         step,
+        run=RUN,
         weights=weights,
         optimiser={"a/exp_avg": weights["a"] * 2},
         state={"position": position},
@@ -51,11 +55,11 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     torch.manual_seed(5)
     path = save(tmp_path, 7)
     expected = torch.rand(3)
-    loaded = load_checkpoint(path)
+    loaded = load_checkpoint(path, run=RUN)
     restore_random_state(loaded.random)
     assert loaded.step == 7 and loaded.state["position"]["step"] == 7
     assert torch.equal(loaded.optimiser["a/exp_avg"], loaded.weights["a"] * 2)
-    assert torch.equal(load_weights(path)["b"], loaded.weights["b"])
+    assert torch.equal(load_weights(path, run=RUN)["b"], loaded.weights["b"])
     assert torch.equal(torch.rand(3), expected)
     assert sorted(p.name for p in path.iterdir()) == sorted(FILES)
 
@@ -114,17 +118,23 @@ def test_damage_is_noticed_and_an_older_checkpoint_taken(
     path = step_folder(tmp_path, 3)
     damage(path / name)
     with pytest.raises(ValueError, match=rf"step-000003/{name}"):
-        load_checkpoint(path)
-    found, complaints = newest_good(tmp_path)
+        load_checkpoint(path, run=RUN)
+    found, complaints = newest_good(tmp_path, run=RUN)
     assert found is not None and found.step == 2
     assert len(complaints) == 1 and "step-000003" in complaints[0]
 
 
+def test_a_checkpoint_of_another_run_is_not_read(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"step-000001/manifest\.json is of another run"):
+        load_checkpoint(path, run="another run's identity")
+
+
 def test_no_good_checkpoint_is_none(tmp_path: Path) -> None:
-    assert newest_good(tmp_path / "absent") == (None, [])
+    assert newest_good(tmp_path / "absent", run=RUN) == (None, [])
     path = save(tmp_path, 4)
     flip_a_bit(path / "weights.safetensors")
-    found, complaints = newest_good(tmp_path)
+    found, complaints = newest_good(tmp_path, run=RUN)
     assert found is None and "SHA-256" in complaints[0]
 
 
@@ -138,7 +148,7 @@ def test_a_save_that_dies_anywhere_leaves_the_previous_checkpoint(
 ) -> None:
     """Die at the first, second, ... call of a system function, until a save survives."""
     save(tmp_path, 1)
-    expected = load_checkpoint(step_folder(tmp_path, 1)).weights
+    expected = load_checkpoint(step_folder(tmp_path, 1), run=RUN).weights
     real = getattr(os, call)
     deaths = 0
     while True:
@@ -161,7 +171,7 @@ def test_a_save_that_dies_anywhere_leaves_the_previous_checkpoint(
                 survived = True
             except Killed:
                 survived = False
-        found, complaints = newest_good(tmp_path)
+        found, complaints = newest_good(tmp_path, run=RUN)
         assert found is not None and not complaints
         if survived:
             assert found.step == 2

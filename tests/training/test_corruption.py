@@ -21,8 +21,10 @@ from model.files import write_safetensors
 from tests.data.conftest import train_sentencepiece
 from tests.evaluation.conftest import settings, write_notes
 from training.assemble import restore
-from training.checkpoint import newest_good
+from training.checkpoint import Checkpoint, newest_good
+from training.record import identity
 from training.run import run
+from training.run_folder import read_record
 from training.stages import clinical, downstream
 
 FLIPS, HEADER_FLIPS, CUTS, ADDITIONS = 7, 3, 4, 2
@@ -157,16 +159,32 @@ def test_a_finished_run_is_refused(
     )
 
 
+def newest_of(out: Path) -> tuple[Checkpoint | None, list[str]]:
+    return newest_good(out / "checkpoints", run=identity(read_record(out)))
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", IN_A_CHECKPOINT)
 def test_a_checkpoint_is_passed_over(
     name: str, case: str, place: Path, damage: Callable[[str, str], Path]
 ) -> None:
     path = damage(name, case)
-    found, complaints = newest_good(place / "run/checkpoints")
+    found, complaints = newest_of(place / "run")
     assert found is not None and found.step == 6
     named = path.parent if case == "swapped" else path  # another run's manifest is sound
     assert len(complaints) == 1 and str(named) in complaints[0]
+
+
+def test_a_checkpoint_of_another_run_is_passed_over(place: Path, tmp_path: Path) -> None:
+    """Same shapes, sound bytes, the name of a step that this run has not reached."""
+    out = tmp_path / "run"
+    shutil.copytree(place / "run", out)
+    shutil.copytree(place / "other" / CHECKPOINT, tmp_path / "theirs")
+    shutil.rmtree(out / "checkpoints/step-000008")
+    shutil.move(tmp_path / "theirs", out / "checkpoints/step-000008")
+    found, complaints = newest_of(out)
+    assert found is not None and found.step < 8
+    assert len(complaints) == 1 and "step-000008/manifest.json is of another run" in complaints[0]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -183,7 +201,7 @@ def test_there_are_enough_cases(place: Path) -> None:
     files = (*LOADED_BY_A_FINISHED_RUN, *IN_A_CHECKPOINT, *IN_A_CACHE)
     assert len(files) * len(CASES) >= 300
     restore(place / "run", torch.device("cpu"))
-    assert newest_good(place / "run/checkpoints")[1] == []
+    assert newest_of(place / "run")[1] == []
     TokenCache((place / "cache").resolve())
 
 
@@ -226,9 +244,8 @@ def test_the_rot_of_the_best_checkpoint_is_told_before_the_run_goes_on(
 ) -> None:
     out = place / "run"
     steps = sorted((out / "checkpoints").glob("step-*"))
-    best = newest_good(out / "checkpoints")[0].state["position"]["best"]["step"]  # type: ignore[union-attr]
-    if best == 8:
-        pytest.skip("the last step is the best")
+    best = newest_of(out)[0].state["position"]["best"]["step"]  # type: ignore[union-attr]
+    assert best < 8
     path = out / f"checkpoints/step-{best:06d}/weights.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))

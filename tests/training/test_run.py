@@ -32,8 +32,9 @@ from training.checkpoint import load_checkpoint, saved_steps
 from training.config import Int8Settings, LoraSettings, RunConfig, to_dict
 from training.loop import is_better
 from training.objective import compute_dtype
+from training.record import identity
 from training.run import run
-from training.run_folder import locked
+from training.run_folder import locked, read_record
 
 MakeConfig = Callable[..., RunConfig]
 WALL_CLOCK = ("tokens_per_second",)  # what differs between two runs of the same steps
@@ -181,7 +182,9 @@ def test_the_init_adapter_trains_unless_it_is_frozen(make_config: MakeConfig, fr
     assert all(tensor.any() for key, tensor in downstream.items() if "lora_B" in key)
     head = load_file(out / "head.safetensors")["score.weight"]
     assert torch.equal(downstream["base_model.model.score.weight"], head)
-    saved = set(load_checkpoint(out / "checkpoints" / "step-000008").weights)
+    saved = set(
+        load_checkpoint(out / "checkpoints" / "step-000008", run=identity(read_record(out))).weights
+    )
     assert any("clinical" in key for key in saved) != freeze
     assert read_json(out / "run.json")["adapters"] == ["clinical", "downstream"]
 
@@ -244,7 +247,8 @@ def test_the_best_validation_is_kept_or_the_last(
 
     for folder, step in ((out, 2), (last, 8)):
         adapter = load_file(folder / "adapter/clinical/adapter_model.safetensors")
-        checkpoint = load_checkpoint(last / "checkpoints" / f"step-{step:06d}")
+        path = last / "checkpoints" / f"step-{step:06d}"
+        checkpoint = load_checkpoint(path, run=identity(read_record(last)))
         assert sums(adapter) == sums(checkpoint.weights)
 
 
