@@ -65,7 +65,10 @@ def convert(source: Path, out: Path, *, max_positions: int | None = None) -> lis
             if max_positions is not None:
                 raise ValueError("--max-positions is for Meta's layout; config.json tells it here")
             said = _convert_hugging_face(folder, files, aside)
-        check_checkpoint(aside)
+        try:
+            check_checkpoint(aside)
+        except ValueError as error:  # which names the folder that is about to vanish
+            raise ValueError(str(error).replace(str(aside), str(source))) from error
     return said
 
 

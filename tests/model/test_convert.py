@@ -358,6 +358,7 @@ def refused(capsys: pytest.CaptureFixture[str], out: Path, *arguments: object) -
     assert printed.out == ""
     assert not out.exists()
     assert not list(out.parent.glob(".*.partial"))
+    assert ".partial" not in printed.err  # the folder that the user knows is the source
     return printed.err
 
 
