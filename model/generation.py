@@ -5,7 +5,7 @@ the model, its prompt, the settings and its own seed; which other prompts run be
 whether keys and values are cached or computed again, does not matter.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +43,6 @@ class GenerationConfig:
             raise ValueError(f"top_p is {self.top_p}; above 0 and at most 1, which is off")
 
 
-@torch.inference_mode()
 def generate(
     model: CausalLM,
     prompts: Sequence[Sequence[int]],
@@ -59,18 +58,41 @@ def generate(
         seed: prompt i draws with the seed `seed + i`.
         use_cache: False computes every token again at each step, which is slow and the same.
     """
-    _check_prompts(model, prompts, config)
-    weight = model.model.embed_tokens.weight
     sequences = [list(prompt) for prompt in prompts]
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    for _ in _steps(model, sequences, config, seed, use_cache):
+        pass
+    return [sequence[len(prompt) :] for sequence, prompt in zip(sequences, prompts, strict=True)]
+
+
+def stream(
+    model: CausalLM, prompt: Sequence[int], config: GenerationConfig, *, seed: int = 0
+) -> Iterator[int]:
+    """The tokens that `generate` gives of one prompt, each as soon as it is chosen."""
+    sequence = list(prompt)
+    for _ in _steps(model, [sequence], config, seed, use_cache=True):
+        yield sequence[-1]
+
+
+@torch.inference_mode()
+def _steps(
+    model: CausalLM,
+    sequences: list[list[int]],
+    config: GenerationConfig,
+    seed: int,
+    use_cache: bool,
+) -> Iterator[None]:
+    """Lengthen every running sequence, which begins as its prompt, by one token at each step."""
+    _check_prompts(model, sequences, config)
+    weight = model.model.embed_tokens.weight
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(sequences))]
     cache = None
-    if use_cache and prompts:
-        capacity = _places_in_front(model) + max(map(len, prompts)) + config.max_new_tokens
+    if use_cache and sequences:
+        capacity = _places_in_front(model) + max(map(len, sequences)) + config.max_new_tokens
         cache = KVCache(
-            model.config, len(prompts), capacity, dtype=weight.dtype, device=weight.device
+            model.config, len(sequences), capacity, dtype=weight.dtype, device=weight.device
         )
     plan = None if cache is None else Plan.of(model.model, cache.capacity)
-    running = list(range(len(prompts)))
+    running = list(range(len(sequences)))
     stop_ids = set(config.stop_ids)
     pieces = [sequences[i] for i in running]  # what the network has not seen yet
     for _ in range(config.max_new_tokens):
@@ -86,12 +108,12 @@ def generate(
         tokens = _choose(logits_nV, [generators[i] for i in running], config)
         for i, token in zip(running, tokens, strict=True):
             sequences[i].append(token)
+        yield
         rows = [row for row, token in enumerate(tokens) if token not in stop_ids]
         if cache is not None and len(rows) < len(running):
             cache.keep(rows)
         running = [running[row] for row in rows]
         pieces = [sequences[i] if cache is None else sequences[i][-1:] for i in running]
-    return [sequence[len(prompt) :] for sequence, prompt in zip(sequences, prompts, strict=True)]
 
 
 def _check_prompts(

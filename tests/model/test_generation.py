@@ -22,7 +22,7 @@ from model.cache import KVCache
 from model.checkpoint import load_causal_lm
 from model.config import DecoderConfig
 from model.decoding import Plan
-from model.generation import GenerationConfig, _adjusted, _choose, _joined, generate
+from model.generation import GenerationConfig, _adjusted, _choose, _joined, generate, stream
 from model.heads import CausalLM
 from tests.model.oracle import (
     CONFIGS,
@@ -292,3 +292,16 @@ def test_impossible_prompts_are_refused(
 def test_impossible_settings_are_refused(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=field):
         GenerationConfig(**{"max_new_tokens": 1} | {field: value})
+
+
+@pytest.mark.parametrize("config", [GenerationConfig(max_new_tokens=12), SAMPLED])
+def test_a_stream_is_what_generation_gives_token_by_token(
+    model: CausalLM, config: GenerationConfig
+) -> None:
+    (whole,) = generate(model, [PROMPTS[2]], config, seed=3)
+    tokens = stream(model, PROMPTS[2], config, seed=3)
+    assert [next(tokens) for _ in range(4)] == whole[:4]
+    assert torch.ones(1, requires_grad=True).mul(2).requires_grad  # between two tokens as before
+    assert list(tokens) == whole[4:]
+    stopped = dataclasses.replace(config, stop_ids=(whole[5],))
+    assert list(stream(model, PROMPTS[2], stopped, seed=3)) == whole[: whole.index(whole[5]) + 1]
