@@ -324,6 +324,14 @@ def load_base(
     return model.requires_grad_(False)
 
 
+def load_bare(folder: Path, device: torch.device) -> CausalLM:
+    """A language model of no run, held as a run's frozen base is unless --base-dtype says how."""
+    dtype = torch.bfloat16 if _has_bfloat16(device) else torch.float32
+    return load_causal_lm(
+        folder, dtype=dtype, device=device, int8="bf16" if is_stored_int8(folder) else None
+    )
+
+
 def _check_positions(config: RunConfig, model: Model) -> None:
     """Refuse segments that, with what adapters put in front of them, are too long for the base."""
     network, limit = model.network, model.config.max_position_embeddings
