@@ -7,6 +7,7 @@
     python eval.py --run runs/downstream --data NEW.csv --predict scores.csv  # without labels
     python eval.py --run runs/instruct --mcq medqa --data medqa_test.jsonl --prompt letter
     python eval.py --model BASE --out base-scores --mcq medmcqa --data dev.jsonl  # a bare base
+    python eval.py --model BASE --out base-scores --mcq usmle --data DIR --base-dtype int8
 
 Writes `eval/results.json` (null where a metric is not defined) and for classifiers
 `eval/predictions.csv` into the run's folder; `evaluation/score.py` tells how. Exit codes are those

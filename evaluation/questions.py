@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -28,14 +28,16 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from evaluation.bootstrap import Floats, intervals, resample
 from evaluation.bootstrap import interval as percentiles
 from model.batch import TokenBatch
-from model.checkpoint import base_fingerprint, load_causal_lm
+from model.checkpoint import base_fingerprint
 from model.ending import RunFailed
 from model.files import write_json
 from model.generation import GenerationConfig, generate
 from model.heads import CausalLM
-from training.assemble import restore
+from training.assemble import base_dtype, load_base, restore
+from training.config import BaseDtype, Int8Settings
 from training.parallel import choose_device, flush_denormals
 from training.run_folder import locked, private_files
+from training.stages import clinical
 
 StrategyName = Literal["letter", "choice", "choice-normalised", "answer"]
 CHUNK = 32  # questions asked together and written together
@@ -82,6 +84,10 @@ class QuestionConfig:
     """Folder of a bare base instead of a run; needs --out."""
     out: str | None = None
     """Folder of a bare base's results."""
+    base_dtype: BaseDtype | None = None
+    """How a bare base is held. Default: as stored if int8, else bfloat16 on a GPU that has it, else
+    float32. A run's base is held as in training."""
+    int8: Int8Settings = field(default_factory=Int8Settings)
     prompt: StrategyName = "letter"
     """How it is asked: the likeliest letter, the likeliest option (as it is, or divided by its
     characters), or a written answer."""
@@ -113,6 +119,13 @@ class QuestionConfig:
             raise ValueError("give either --run, a finished run, or --model, a bare base")
         if (self.model is None) != (self.out is None):
             raise ValueError("--out names the folder of the results of --model: give both")
+        if (self.base_dtype is not None or self.int8 != Int8Settings()) and self.model is None:
+            raise ValueError(
+                "--base-dtype and --int8.compute belong to --model, a bare base; a run's base is "
+                "held as in training"
+            )
+        if self.int8 != Int8Settings() and self.base_dtype not in (None, "int8"):
+            raise ValueError("--int8.compute is a setting of --base-dtype int8")
         if (self.shots > 0) != (self.shots_data is not None):
             raise ValueError("--shots and --shots-data go together: how many solved questions")
         for flag, number, least in (
@@ -388,7 +401,7 @@ def score_questions(config: QuestionConfig) -> dict[str, Any]:
         if {shot.stem for shot in shots} & {question.stem for question in found.questions}:
             raise ValueError("a question of --shots-data is among those of --data; name others")
     with private_files():
-        answerer, fingerprint = _answerer(config, device)
+        answerer, fingerprint, held = _answerer(config, device)
         strategy, version = STRATEGIES[config.prompt]
         stop = answerer.tokenizer.eos_id
         generation = GenerationConfig(
@@ -396,6 +409,7 @@ def score_questions(config: QuestionConfig) -> dict[str, Any]:
         )
         header = {
             "model": fingerprint,
+            "base_dtype": held,
             "questions": found.fingerprint,
             "bad_rows": config.bad_rows,
             "answers_from": config.answers_from,
@@ -430,6 +444,7 @@ def score_questions(config: QuestionConfig) -> dict[str, Any]:
                 "shots": config.shots,
                 "questions_fingerprint": found.fingerprint,
                 "model_fingerprint": fingerprint,
+                "base_dtype": held,
                 "counts": dict(found.counts),
                 "shortened_prompts": sum(row.get("shortened", 0) for row in rows),
                 "bootstrap": config.bootstrap,
@@ -547,19 +562,33 @@ def question_summary(results: Mapping[str, Any]) -> Iterator[str]:
     yield f"answers and results are in {results['folder']}"
 
 
-def _answerer(config: QuestionConfig, device: torch.device) -> tuple[ModelAnswerer, str]:
+def _answerer(
+    config: QuestionConfig, device: torch.device
+) -> tuple[ModelAnswerer, str, dict[str, str]]:
+    """What answers, the fingerprint of all that it is made of, and how its base is held."""
     if config.run is not None:
         finished = restore(Path(config.run), device)
-        model, tokenizer = finished.model, finished.tokenizer
+        settings, model, tokenizer = finished.config, finished.model, finished.tokenizer
         told = {key: finished.record[key] for key in ("fingerprints", "files")}
         fingerprint = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
     else:
         folder = Path(config.model or "")
-        model, tokenizer = load_causal_lm(folder, device=device), load_tokenizer(folder)
+        settings = replace(  # a stage that puts nothing on the base, and asks for no length
+            clinical(),
+            model=config.model,
+            base_dtype=config.base_dtype,
+            int8=config.int8,
+            max_length=2,
+        )
+        model, tokenizer = load_base(settings, folder, 0, device), load_tokenizer(folder)
         fingerprint = base_fingerprint(folder)
     if not isinstance(model, CausalLM):
         raise ValueError(f"--mcq needs a language model, but {config.run} is a classifier")
-    return ModelAnswerer(model, tokenizer, device, config.micro_tokens), fingerprint
+    dtype = base_dtype(settings, device)
+    held: dict[str, str] = {"dtype": dtype}
+    if dtype == "int8":
+        held["compute"] = settings.int8.compute
+    return ModelAnswerer(model, tokenizer, device, config.micro_tokens), fingerprint, held
 
 
 def _read_answers(path: Path, header: Mapping[str, Any]) -> list[dict[str, Any]]:

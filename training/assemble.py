@@ -377,13 +377,14 @@ def build_model(
     if config.init_adapter is not None:
         adapter = init_adapter_folder(Path(config.init_adapter))
         _check_run_adapter(adapter)
-        load_adapter(model, adapter, CLINICAL, trainable=not config.freeze_init_adapter)
+        slot = init_adapter_name(config)
+        load_adapter(model, adapter, slot, trainable=not config.freeze_init_adapter)
     if config.adapter == "full":
         model.requires_grad_(True)
     elif config.adapter != "none":
-        name = {"downstream": DOWNSTREAM, "instruct": INSTRUCT}.get(config.stage, CLINICAL)
         ids = _init_ids(config, notes.tokenizer)
-        attach(model, name, adapter_settings(config, model), seed=config.seed, init_ids=ids)
+        settings = adapter_settings(config, model)
+        attach(model, new_adapter_name(config), settings, seed=config.seed, init_ids=ids)
     _check_positions(config, model)
     if isinstance(model, Classifier):
         model.head.requires_grad_(True)
@@ -452,20 +453,49 @@ def _lora_targets(config: RunConfig) -> tuple[str, ...]:
 
 
 def init_adapter_folder(folder: Path) -> Path:
-    """The PEFT folder that --init-adapter means: itself, or the clinical adapter of a run."""
+    """The PEFT folder that --init-adapter means: itself, or the first adapter of a run."""
     if not folder.is_dir():
         command = "python train.py --stage clinical"
         hint = f"; make it with: {command}" if folder == Path("runs/clinical") else ""
         raise ValueError(f"--init-adapter {folder} does not exist{hint}")
-    if (folder / RUN_FILE).is_file():
-        adapter = folder / "adapter" / CLINICAL
-        if not adapter.is_dir():
-            raise ValueError(
-                f'--init-adapter {folder} is a run without an adapter "{CLINICAL}": it has not '
-                "ended (continue it with --resume), or it trained something else"
-            )
-        return adapter
-    return find_adapter(folder)
+    if not (folder / RUN_FILE).is_file():
+        return find_adapter(folder)
+    record = read_record(folder)
+    names = record["adapters"]
+    if not names:
+        raise ValueError(
+            f"--init-adapter {folder} is a run without an adapter: it trained all weights; give "
+            f"--model {folder / 'model'} instead"
+        )
+    if len(names) > 1 and record["config"]["stage"] == "instruct":
+        raise ValueError(
+            f"--init-adapter {folder} is a run of {len(names)} adapters, {' and '.join(names)}, "
+            "which answer together; merge them into a base (python -m lora.merge) and train on it, "
+            f"or give the first alone: {folder / 'adapter' / names[0]}"
+        )
+    adapter = folder / "adapter" / names[0]
+    if not adapter.is_dir():
+        raise ValueError(
+            f'--init-adapter {folder} is a run without an adapter "{names[0]}": it has not ended '
+            "(continue it with --resume), or its files were moved"
+        )
+    return adapter
+
+
+def init_adapter_name(config: RunConfig) -> str:
+    """What the init adapter is called in this run: "instruct" if one was trained, or "clinical"."""
+    assert config.init_adapter is not None
+    adapter = init_adapter_folder(Path(config.init_adapter))
+    is_instruct = _run_of(adapter) is not None and adapter.resolve().name == INSTRUCT
+    return INSTRUCT if is_instruct else CLINICAL
+
+
+def new_adapter_name(config: RunConfig) -> str:
+    """What the run's own adapter is called: its stage; "instruct-2" on top of an instruct run's."""
+    name = {"downstream": DOWNSTREAM, "instruct": INSTRUCT}.get(config.stage, CLINICAL)
+    if config.init_adapter is not None and init_adapter_name(config) == name:
+        return f"{name}-2"
+    return name
 
 
 def _check_run_adapter(adapter: Path) -> None:

@@ -29,12 +29,12 @@ from model.ending import RunFailed
 from model.files import describe_files, write_safetensors, write_sealed_json
 from model.heads import CausalLM, Classifier, Model
 from training.assemble import (
-    CLINICAL,
     Dataset,
     Notes,
     base_parameters,
     build_model,
     how_cut,
+    init_adapter_name,
     load_notes,
     make_dataset,
     resolve,
@@ -365,7 +365,8 @@ def _introduce(
     )
     if config.init_adapter is not None:
         state = "frozen" if config.freeze_init_adapter else "trained further"
-        progress.say(f'adapter "{CLINICAL}" comes from {config.init_adapter} and is {state}')
+        name = init_adapter_name(config)
+        progress.say(f'adapter "{name}" comes from {config.init_adapter} and is {state}')
     progress.say(
         f"notes: {counts['train_notes']:,} train, {counts['validation_notes']:,} validate, "
         f"{counts['test_notes']:,} test ({record['split']})"
