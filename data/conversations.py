@@ -81,18 +81,21 @@ class Conversations:
     def _rows(self) -> Iterator[tuple[Row, list[Turn] | None]]:
         """Every row with its turns, or with its fault and None."""
         seen: set[str] = set()
-        for row in _read_rows(self._path):
+        for row in read_rows(self._path):
             turns = None
             if row.fault is None:
                 try:
-                    turns = _turns(row.value, seen)
+                    turns = turns_of(row.value, seen)
                 except ValueError as error:
                     row = row._replace(fault=str(error))
             yield row, turns
 
 
-def _turns(value: object, seen: set[str]) -> list[Turn]:
-    """The turns of a row; ValueError says what the row has that it must not, in a few words."""
+def turns_of(value: object, seen: set[str] | None = None) -> list[Turn]:
+    """The turns of a row; ValueError says what the row has that it must not, in a few words.
+
+    seen: the ids of earlier rows, to which that of this row is added.
+    """
     if not isinstance(value, dict):
         raise ValueError("no JSON object")
     if "messages" in value:
@@ -108,7 +111,7 @@ def _turns(value: object, seen: set[str]) -> list[Turn]:
         ]
         turns = [Turn("user", said[0], said[1]), Turn("assistant", said[2])]
     check_turns(turns)
-    if value.get("id") is not None:
+    if seen is not None and value.get("id") is not None:
         name = json.dumps(value["id"], sort_keys=True)
         if name in seen:
             raise ValueError("an id that an earlier row has")
@@ -136,12 +139,12 @@ def _text(value: object, key: str) -> str:
         raise ValueError("a NUL character")
     try:
         value.encode()
-    except UnicodeEncodeError:  # of bytes that are no UTF-8 (`_read_rows`), or half a pair
+    except UnicodeEncodeError:  # of bytes that are no UTF-8 (`read_rows`), or half a pair
         raise ValueError("text that is not UTF-8") from None
     return value
 
 
-def _read_rows(path: Path) -> Iterator[Row]:
+def read_rows(path: Path) -> Iterator[Row]:
     """Rows with their lines. A byte that is not UTF-8 becomes half a surrogate pair in its row."""
     lines = enumerate(read_lines(path, errors="surrogateescape"), 1)
     for number, line in lines:

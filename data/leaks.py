@@ -66,9 +66,14 @@ class NoteDigests(NamedTuple):
         return len(self.text_digests)
 
 
+def words_of(text: str) -> list[str]:
+    """The words of a text, in small letters, without masks and punctuation."""
+    return _WORD.findall(_MASK.sub(" ", text).lower())
+
+
 def shingles(text: str) -> np.ndarray:
     """Hashes of every run of six words, each once: uint64 [n], ascending."""
-    words = _WORD.findall(_MASK.sub(" ", text).lower())
+    words = words_of(text)
     codes = np.fromiter((zlib.crc32(word.encode()) for word in words), np.uint64, len(words))
     count = len(codes) - SHINGLE_WORDS + 1
     if count < 1:
@@ -108,17 +113,21 @@ class TestNotes:
 
     def shares_text(self, text: str) -> bool:
         """Whether a text has enough of its shingles, or of a test note's, in common with one."""
+        return bool(len(self.sharing(text)))
+
+    def sharing(self, text: str) -> np.ndarray:
+        """The test notes, by number, that a text has enough shingles in common with: int [n]."""
         own = shingles(text)
         first = np.searchsorted(self._hashes, own, side="left")
         counts = np.searchsorted(self._hashes, own, side="right") - first
         if not counts.sum():
-            return False
+            return np.zeros(0, self._notes.dtype)
         at = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
         notes, common = np.unique(self._notes[at], return_counts=True)
         smaller = np.minimum(self._sizes[notes], len(own))
         is_told = (common >= SHARE * smaller) & (common >= FEWEST)
         self._told[notes[is_told]] = True
-        return bool(is_told.any())
+        return notes[is_told]
 
 
 def find_leaks(

@@ -142,7 +142,7 @@ class CsvNotes:
         self.description = _describe(path, columns)
 
     def __iter__(self) -> Iterator[Note]:
-        rows = _csv_rows(self._path)
+        rows = csv_rows(self._path)
         next(rows)
         text_at, label_at, patient_at = self._places
         assert text_at is not None
@@ -482,10 +482,13 @@ def _whole_lines(path: Path, file: io.BufferedIOBase) -> Iterator[bytes]:
         yield rest
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Rows with the line each ends on; the header is the first, blank lines are left out."""
+def csv_rows(path: Path, errors: str = "strict") -> Iterator[tuple[int, list[str]]]:
+    """Rows with the line each ends on; the header is the first, blank lines are left out.
+
+    errors: what becomes of bytes that are no UTF-8, as in `read_lines`.
+    """
     csv.field_size_limit(LINE_LIMIT)
-    reader = csv.reader(read_lines(path), strict=True)
+    reader = csv.reader(read_lines(path, errors), strict=True)
     rows = 0
     try:
         for row in reader:
@@ -501,7 +504,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _csv_header(path: Path) -> list[str]:
-    for _, row in _csv_rows(path):
+    for _, row in csv_rows(path):
         return row
     raise ValueError(f"{path}: the file is empty; a header line and records are expected")
 

@@ -29,7 +29,11 @@ ALLOWED = {
 }
 # Commands of a room that may import more: the sample text of a merge needs a tokenizer, and every
 # command ends as `model.ending` says.
-COMMANDS = {"lora/merge.py": {"data"}, "data/preview.py": {"model"}}
+COMMANDS = {
+    "lora/merge.py": {"data"},
+    "data/preview.py": {"model"},
+    "data/medical_meadow.py": {"model"},
+}
 NEVER_IMPORTED = {"train", "eval", "tests"}
 RIVALS = {
     "accelerate", "bitsandbytes", "lightning", "liger_kernel", "peft", "pytorch_lightning",
