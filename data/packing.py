@@ -3,6 +3,7 @@
 Language modelling: BOS + note + EOS is cut into consecutive pieces of at most `max_length` tokens
 that overlap by one. A piece's first token is never scored (no row stands before it), and it is the
 last token of the piece before, which scores it: so every token of a note is scored exactly once.
+Or the first piece alone is taken, and what stands behind it is left out.
 Classification: a note is one segment, BOS + note (+ EOS for an encoder, whose [CLS] and [SEP] they
 are), cut only where it is longer than `max_length`.
 
@@ -51,7 +52,8 @@ class LanguagePieces:
     """Pieces of notes for next-token prediction; `notes` are rows of the cache (uint32 [n]).
 
     `bos_id` or `eos_id` None leaves that token out (without BOS a note's first token is not
-    scored).
+    scored). `first_only` takes the first piece of each note and leaves out the others.
+    `notes_cut` counts the notes that are longer than a piece.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class LanguagePieces:
         max_length: int,
         bos_id: int | None,
         eos_id: int | None,
+        first_only: bool = False,
     ) -> None:
         if max_length < 2:
             raise ValueError(
@@ -78,8 +81,11 @@ class LanguagePieces:
                 f"max length {max_length} cuts a note into {pieces.max()} pieces; at most "
                 f"{PIECES_LIMIT} are allowed: raise the max length"
             )
-        self._ends = np.cumsum(pieces)  # after the last piece of each note
         self.notes_cut = int((pieces > 1).sum())
+        self.first_only = first_only
+        if first_only:
+            pieces = np.minimum(pieces, 1)
+        self._ends = np.cumsum(pieces)  # after the last piece of each note
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0

@@ -143,7 +143,7 @@ def _adapted(study: Study, base: str, method: str) -> dict[str, Any]:
         "train_perplexity": math.exp(statistics.fmean(step["loss"] for step in late)),
         "validation_loss": None if best is None else best["metrics"]["loss"],
         "perplexity": results["perplexity"],
-        "hours_per_epoch": record["counts"]["train_tokens"] / statistics.median(speeds) / 3600
+        "hours_per_epoch": record["epoch_tokens"] / statistics.median(speeds) / 3600
         if speeds
         else None,
         "chosen": False,

@@ -218,6 +218,7 @@ def make_dataset(
             max_length=config.max_length,
             bos_id=notes.tokenizer.bos_id,
             eos_id=notes.tokenizer.eos_id,
+            first_only=config.pieces == "first",
         )
     return ClassificationNotes(
         notes.cache,
@@ -247,7 +248,9 @@ def validation_rows(config: RunConfig, notes: Notes) -> np.ndarray:
     shuffled = np.random.default_rng(_VALIDATION_ORDER).permutation(rows)
     lengths = np.minimum(
         notes.cache.lengths(shuffled),
-        config.max_length if config.stage == "downstream" else np.iinfo(np.int64).max,
+        config.max_length
+        if config.stage == "downstream" or config.pieces == "first"
+        else np.iinfo(np.int64).max,
     )
     count = int(np.searchsorted(np.cumsum(lengths), config.eval_tokens, side="right"))
     chosen, lengths = shuffled[: max(1, count)], lengths[: max(1, count)]
@@ -530,7 +533,8 @@ def how_cut(config: RunConfig, train_set: Dataset) -> str:
     if isinstance(train_set, ClassificationNotes):
         return f"{train_set.truncated:,} truncated ({config.truncate} kept)"
     if isinstance(train_set, LanguagePieces):
-        return f"{train_set.notes_cut:,} cut into pieces, none truncated"
+        rest = "the first kept" if train_set.first_only else "none truncated"
+        return f"{train_set.notes_cut:,} cut into pieces, {rest}"
     return "longer ones left out, none cut"
 
 

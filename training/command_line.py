@@ -1,8 +1,8 @@
 """From words typed by a user to a run config, or to one clear line that says what is wrong.
 
 Flags are read twice. First by name: each is known, given once, with as many values as it takes;
---stage, --config and --resume then decide the defaults. Second by value: tyro parses them over
-those defaults. A config file becomes flags that stand before the typed ones, so that file and
+--stage, --preset, --config and --resume then decide the defaults. Second by value: tyro parses them
+over those defaults. A config file becomes flags that stand before the typed ones, so that file and
 command line obey the same rules and the typed flag wins. Invariant: whatever is wrong raises
 ValueError with a single line; tyro's own box never reaches the user.
 """
@@ -23,7 +23,8 @@ import yaml
 
 from data import mimic
 from model.files import read_json
-from training.config import Adapter, RunConfig, Stage, from_dict, to_dict
+from training.config import Adapter, Preset, RunConfig, Stage, from_dict, to_dict
+from training.presets import recipe
 from training.run_folder import RUN_FILE
 from training.stages import EMBEDDED, STAGES
 
@@ -55,7 +56,7 @@ _OTHER_NAMES = {
     "--rank": "--lora.r",
     "--resume-from-checkpoint": "--resume",
     "--save-steps": "--checkpoint-every",
-    "--warmup-ratio": "--optim.warmup-steps",
+    "--warmup-ratio": "--optim.warmup-ratio",
 }
 # Two ways to say the same thing: the one that is given switches the stage's other one off.
 _EITHER_OR = (("--batch-tokens", "--batch-size"), ("--steps", "--epochs"))
@@ -222,9 +223,10 @@ def _default(typed: Flags, from_file: Flags) -> TrainFlags:
         else:
             raise ValueError(f"--stage is missing: choose one of {stages}")
     stage = cast(Stage, stage)
+    preset = _preset(given, stage)
     has_model, has_data = "--model" in given, "--data" in given
     if "--help" in typed or (has_model and has_data):
-        return _as_flags(STAGES[stage]())
+        return _as_flags(preset or STAGES[stage]())
     if has_model or has_data:
         present, absent = ("--model", "--data") if has_model else ("--data", "--model")
         raise ValueError(
@@ -233,7 +235,30 @@ def _default(typed: Flags, from_file: Flags) -> TrainFlags:
         )
     if stage not in EMBEDDED:
         raise ValueError(f"--stage {stage} needs --model and --data")
-    return _as_flags(EMBEDDED[stage]())
+    embedded = EMBEDDED[stage]()
+    if preset is not None:
+        embedded = dataclasses.replace(preset, model=embedded.model, data=embedded.data)
+    return _as_flags(embedded)
+
+
+def _preset(given: Flags, stage: Stage) -> RunConfig | None:
+    """The published recipe that --preset names, which must be one of the stage."""
+    name = given.get("--preset", ["None"])[0]
+    if name == "None":
+        return None
+    stages = {known: recipe(known).stage for known in typing.get_args(Preset)}
+    if stages.get(name) == stage:
+        return recipe(cast(Preset, name))
+    of_stage = [known for known in stages if stages[known] == stage]
+    allowed = f"one of {', '.join(of_stage)}" if of_stage else "left out: there is none"
+    if name in stages:
+        raise ValueError(
+            f"--preset {name} belongs to --stage {stages[name]}, not to --stage {stage}, where it "
+            f"must be {allowed}"
+        )
+    near = difflib.get_close_matches(name, stages, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"--preset of --stage {stage} must be {allowed}, got {name}{hint}")
 
 
 def saved_config(out: Path) -> RunConfig:
@@ -435,7 +460,8 @@ def used_settings(config: RunConfig) -> dict[str, Any]:
     for name, value in to_dict(config).items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, dict):
-            value = {k: v for k, v in value.items() if not why_unused(f"{flag}.{k}", config)}
+            dotted = {k: f"{flag}.{k.replace('_', '-')}" for k in value}
+            value = {k: v for k, v in value.items() if not why_unused(dotted[k], config)}
         if value not in (None, {}) and not why_unused(flag, config):
             settings[name] = value
     return settings
@@ -467,6 +493,10 @@ def why_unused(flag: str, config: RunConfig) -> str | None:
         reason = "a setting of a rate that falls, but --optim.schedule is constant"
     elif flag.startswith("--int8.") and config.base_dtype != "int8":
         reason = "a setting of --base-dtype int8"
+    elif flag == "--pieces" and config.stage not in ("pretrain", "clinical"):
+        reason = f"a setting of --stage pretrain or clinical, but --stage is {config.stage}"
+    elif flag == "--optim.warmup-ratio" and config.optim.warmup_steps is not None:
+        reason = "not used when --optim.warmup-steps says how many, as a preset may; None frees it"
     elif flag in ("--truncate", "--class-weights") and not is_downstream:
         reason = f"a setting of --stage downstream, but --stage is {config.stage}"
     elif (

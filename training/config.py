@@ -21,6 +21,13 @@ Adapter = Literal["lora", "prompt", "prefix", "p-tuning", "adaption-prompt", "no
 BaseDtype = Literal["float32", "bfloat16", "int8"]
 States = Literal["float32", "int8"]
 Schedule = Literal["constant", "linear", "cosine"]
+Preset = Literal[
+    "paper-llama", "paper-pmc-llama",
+    "paper-outcome", "paper-outcome-pmv", "paper-outcome-mor", "paper-outcome-los",
+    "paper-outcome-diag", "paper-outcome-proc", "paper-lora-mor", "paper-encoder",
+    "medalpaca", "medalpaca-lora", "medalpaca-lora-int8", "medalpaca-lora-int8-13b",
+    "alpaca-7b", "alpaca-13b", "alpaca-lora", "alpaca-lora-r16",
+]  # fmt: skip
 AUTO = "auto"  # LoRA's target modules: those that the base's family is adapted at
 
 
@@ -160,7 +167,9 @@ class OptimSettings:
     min_lr_ratio: float = 0.0
     """Share of --lr that linear and cosine fall to at the end of the run."""
     warmup_steps: int | None = None
-    """Steps over which the learning rate climbs in a line to --lr. Default: a twentieth of all."""
+    """Steps over which the learning rate climbs in a line to --lr. Default: by the ratio."""
+    warmup_ratio: float = 0.05
+    """The same as a share of all steps, rounded down."""
     beta1: float = 0.9
     """Decay of the gradient's running mean."""
     beta2: float = 0.999
@@ -182,6 +191,8 @@ class OptimSettings:
         _check(
             "--optim.min-lr-ratio", self.min_lr_ratio, "from 0 to 1", 0 <= self.min_lr_ratio <= 1
         )
+        ratio = self.warmup_ratio
+        _check("--optim.warmup-ratio", ratio, "from 0 to below 1", 0 <= ratio < 1)
         _check("--optim.beta1", self.beta1, "from 0 to below 1", 0 <= self.beta1 < 1)
         _check("--optim.beta2", self.beta2, "from 0 to below 1", 0 <= self.beta2 < 1)
         _check("--optim.eps", self.eps, "a number above 0", self.eps > 0)
@@ -196,6 +207,8 @@ class RunConfig:
     stage: Stage
     """What is done: pretrain trains a base, clinical adapts one to notes, downstream classifies,
     instruct teaches one to answer."""
+    preset: Preset | None = None
+    """A published recipe of the stage: its settings hold where no flag speaks (docs/presets.md)."""
     task: Task | None = None
     """Downstream only. Of a MIMIC folder: pmv (prolonged ventilation), mor (in-hospital mortality),
     los (length of stay), diag, proc (diagnosis and procedure groups); or label, a table's column.
@@ -230,6 +243,8 @@ class RunConfig:
     """Share of patients (or texts) held out for the test, in tenths."""
     max_length: int = 512
     """Longest segment in tokens. Longer notes are cut into pieces; a classifier truncates them."""
+    pieces: Literal["all", "first"] = "all"
+    """Pretrain and clinical only: learn all pieces of a longer note, or the first alone."""
     truncate: Literal["head", "tail", "both"] = "head"
     """Which end of a note longer than --max-length a classifier keeps."""
     prompt_format: PromptName = "alpaca"

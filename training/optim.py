@@ -26,7 +26,7 @@ def learning_rate(step: int, *, peak: float, settings: OptimSettings, total_step
     """
     warmup = settings.warmup_steps
     if warmup is None:
-        warmup = total_steps // 20
+        warmup = int(settings.warmup_ratio * total_steps)
     if step < warmup:
         return peak * (step + 1) / warmup
     if settings.schedule == "constant":

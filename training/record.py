@@ -35,9 +35,14 @@ _FREE_ON_RESUME = {
 
 
 def make_record(
-    config: RunConfig, notes: Notes, model: Model, ranks: Ranks, total_steps: int
+    config: RunConfig,
+    notes: Notes,
+    model: Model,
+    ranks: Ranks,
+    total_steps: int,
+    epoch_tokens: int,
 ) -> dict[str, Any]:
-    """run.json of a run that begins."""
+    """run.json of a run that begins; `epoch_tokens` pass through the model in an epoch."""
     found = fingerprints(config, notes)
     check_same_base(config, found["base"])
     trainable, total = count_parameters(model)
@@ -55,6 +60,7 @@ def make_record(
         "adapters": adapter_names(model),
         "parameters": {"trainable": trainable, "all": total},
         "total_steps": total_steps,
+        "epoch_tokens": epoch_tokens,
     }
 
 

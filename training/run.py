@@ -123,7 +123,10 @@ def _run(
         shard(model, model.network.blocks, whole, ranks)
 
     # Steps. The folder is this run's alone; a resumed run goes on from its newest checkpoint.
-    record = make_record(config, notes, model, ranks, total_steps) if ranks.is_first else {}
+    record = {}
+    if ranks.is_first:
+        epoch_tokens = int(train_set.lengths(np.arange(len(train_set))).sum())
+        record = make_record(config, notes, model, ranks, total_steps, epoch_tokens)
     with (
         _told_of_full_disks(loop),
         _owned_folder(out, record, ranks, resume=resume, overwrite=overwrite),

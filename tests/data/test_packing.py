@@ -72,6 +72,23 @@ def test_every_token_is_scored_exactly_once(
         assert scored[row] == whole
 
 
+@pytest.mark.parametrize("eos", [EOS, None])
+def test_the_first_piece_alone_is_the_beginning_of_each_note(make_cache, eos) -> None:
+    texts = [text_of_length(length, length) for length in (9, 30, 0, 6, 7)]
+    cache = make_cache([Note(text) for text in texts])
+    pieces = LanguagePieces(
+        cache, rows_of(cache), max_length=8, bos_id=BOS, eos_id=eos, first_only=True
+    )
+    batch = pieces.batch(np.arange(len(pieces)))
+    ends = [] if eos is None else [eos]
+    whole = [[BOS, *CharacterTokenizer().encode(text), *ends][:8] for text in texts]
+    assert np.split(batch.input_ids, batch.offsets[1:-1])[1].tolist() == whole[1]
+    assert batch.input_ids.tolist() == [token for note in whole for token in note]
+    assert pieces.lengths(np.arange(len(pieces))).tolist() == [len(note) for note in whole]
+    assert pieces.scored_tokens == sum(len(note) - 1 for note in whole)
+    assert pieces.notes_cut == (3 if eos is not None else 2)
+
+
 def test_a_batch_is_the_same_stream_whatever_is_beside_it(make_cache) -> None:
     cache = make_cache([Note(text_of_length(length, length)) for length in (9, 30, 0, 17)])
     pieces = LanguagePieces(cache, rows_of(cache), max_length=8, bos_id=BOS, eos_id=EOS)

@@ -92,6 +92,17 @@ def test_warm_up_is_a_twentieth_by_default() -> None:
     assert found[:6] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0, 2.0])
 
 
+@pytest.mark.parametrize(("ratio", "total", "steps"), [(0.03, 1218, 36), (0.0, 50, 0), (0.5, 5, 2)])
+def test_warm_up_by_ratio_is_that_share_of_the_steps_rounded_down(
+    ratio: float, total: int, steps: int
+) -> None:
+    settings = OptimSettings(schedule="cosine", warmup_ratio=ratio)
+    found = [
+        learning_rate(step, peak=2.0, settings=settings, total_steps=total) for step in range(total)
+    ]
+    assert found == rates("cosine", warmup=steps, total=total)[:total]
+
+
 def make_parameters() -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
     shapes = {"matrix": (5, 3), "vector": (4,), "large": (70, 60)}
