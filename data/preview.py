@@ -2,9 +2,11 @@
 
     python -m data.preview --data notes.csv --text-column text --model llama-7b
     python -m data.preview --data cohort.csv --label-column died --model llama-7b --stage downstream
+    python -m data.preview --data rows.json --model llama-7b --stage instruct --prompt-format alpaca
     python -m data.preview --data notes.csv --model llama-7b --show-text
 
-The first notes of the table pass through the same tokeniser, cache and packing as in training.
+The first notes of the table, or the first instruction rows and chats, pass through the same
+tokeniser, cache and packing as in training.
 Invariant: text, and token ids, from which it can be read, are shown with --show-text alone, and
 only on a terminal, so that no note ends in a file or in another program.
 """
@@ -14,12 +16,15 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from typing import get_args
 
 import numpy as np
 
 from data.cache import TokenCache, tokenise
+from data.conversations import BadRows, Conversations, ConversationSegments, fitting
 from data.notes import Note, NoteSource, open_notes
 from data.packing import IGNORED, PIECES_LIMIT, ClassificationNotes, LanguagePieces, PackedBatch
+from data.prompts import PROMPTS, PromptEncoder, split_supervision
 from data.tokenizer import Tokenizer, load_tokenizer
 from model.ending import CommandParser, exit_code
 
@@ -55,12 +60,17 @@ def main(arguments: Sequence[str]) -> int:
         parser.add_argument("--tokenizer-preset", metavar="NAME", help="llama or pmc-llama")
         parser.add_argument(
             "--stage",
-            choices=("clinical", "downstream"),
+            choices=("clinical", "downstream", "instruct"),
             default="clinical",
-            help="pieces of notes for the language model, or whole notes for a classifier",
+            help="pieces of notes for the language model, whole notes for a classifier, or rows",
         )
-        parser.add_argument("--max-length", type=int, default=512, metavar="TOKENS")
+        parser.add_argument(
+            "--max-length", type=int, metavar="TOKENS", help="default: 512, of instruct 1024"
+        )
         parser.add_argument("--truncate", choices=("head", "tail", "both"), default="head")
+        parser.add_argument("--prompt-format", choices=tuple(PROMPTS), help="default: alpaca")
+        parser.add_argument("--train-on-inputs", action="store_true", help="of instruct")
+        parser.add_argument("--bad-rows", choices=get_args(BadRows), help="default: refuse")
         parser.add_argument(
             "--notes", type=int, default=3, metavar="N", help="how many, from first"
         )
@@ -73,18 +83,34 @@ def main(arguments: Sequence[str]) -> int:
             )
         if not 1 <= given.notes <= _MOST_NOTES:
             raise ValueError(f"--notes must be from 1 to {_MOST_NOTES}, got {given.notes}")
-        source = open_notes(
-            given.data,
-            text_column=given.text_column,
-            label_column=given.label_column,
-            patient_column=given.patient_column,
-        )
         tokenizer = load_tokenizer(given.model, given.tokenizer_preset)
+        columns = (given.text_column, given.label_column, given.patient_column)
+        if given.stage == "instruct":
+            if columns != (None, None, None):
+                raise ValueError("--stage instruct reads rows and chats, which have no columns")
+            rows = Conversations(given.data, bad_rows=given.bad_rows or "refuse")
+            for reason, count in rows.bad_rows.items():
+                print(f"bad rows, left out: {count:,} with {reason}")
+            preview_rows(
+                FirstNotes(rows, given.notes),
+                PromptEncoder(tokenizer, given.prompt_format or "alpaca"),
+                max_length=given.max_length or 1024,
+                scores_inputs=given.train_on_inputs,
+                show_text=given.show_text,
+            )
+            return
+        if given.prompt_format or given.train_on_inputs or given.bad_rows:
+            raise ValueError(
+                "--prompt-format, --train-on-inputs and --bad-rows are settings of --stage instruct"
+            )
+        source = open_notes(
+            given.data, text_column=columns[0], label_column=columns[1], patient_column=columns[2]
+        )
         preview(
             FirstNotes(source, given.notes),
             tokenizer,
             is_language=given.stage == "clinical",
-            max_length=given.max_length,
+            max_length=given.max_length or 512,
             truncate=given.truncate,
             show_text=given.show_text,
         )
@@ -133,6 +159,56 @@ def preview(
                 _show(batch, tokenizer)
 
 
+def preview_rows(
+    source: NoteSource,
+    encoder: PromptEncoder,
+    *,
+    max_length: int,
+    scores_inputs: bool,
+    show_text: bool,
+) -> None:
+    """Print every conversation of the source as prompts and responses, token by token."""
+    own = encoder.tokenizer
+    with tempfile.TemporaryDirectory(prefix="preview-") as folder:  # mode 0700
+        cache = tokenise(source, encoder, cache_folder=folder, workers=1)
+        print(source.description)
+        print(f"tokenizer: {own.vocab_size:,} pieces, {_special(own)}")
+        print(f"prompt format: {encoder.name}, a response ends with token {encoder.end_id}")
+        for number in range(len(cache)):
+            row = np.array([number], np.uint32)
+            tokens = int(cache.lengths(row)[0])
+            print(f"\nrow {number}: {tokens:,} tokens")
+            if not len(fitting(cache, row, max_length)):
+                print(f"  left out: more tokens than --max-length {max_length:,}")
+                continue
+            segments = ConversationSegments(
+                cache, row, max_length=max_length, scores_inputs=scores_inputs
+            )
+            batch = segments.batch(np.array([0]))
+            assert batch.labels is not None
+            supervised = split_supervision(cache.tokens_of(number))[1]
+            kinds = _kinds(batch.input_ids, supervised, encoder)
+            for kind, is_scored, begins, n in _runs(kinds, batch.labels):
+                scored = "scored" if is_scored else "not scored"
+                print(f"  {_where(begins, n):>16}  {kind:<8}  {scored}")
+                if show_text and kind in ("prompt", "response"):
+                    ids = batch.input_ids[begins : begins + n].tolist()
+                    decode = own.decode if kind == "prompt" else own.decode_continuation
+                    print(f"  text: {printable(decode(ids))}")
+                    print(f"  token ids: {' '.join(map(str, ids))}")
+
+
+def _kinds(ids: np.ndarray, supervised: np.ndarray, encoder: PromptEncoder) -> list[str]:
+    """What each token of a conversation is, by its id and by whether it is supervised."""
+    own = encoder.tokenizer
+    named = {id: part.token for part, id in encoder.special.items() if id is not None}
+    named |= {id: name for id, name in ((own.bos_id, "BOS"), (own.eos_id, "EOS")) if id is not None}
+    return [
+        named.get(id, "response" if is_supervised else "prompt")
+        for id, is_supervised in zip(ids.tolist(), supervised.tolist(), strict=True)
+    ]
+
+
 def _special(tokenizer: Tokenizer) -> str:
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
     return f"BOS {'none' if bos is None else bos}, EOS {'none' if eos is None else eos}"
@@ -171,17 +247,26 @@ def _describe(
             kinds[0] = "BOS"
         if labels is not None and first + size > length + has_bos:
             kinds[-1] = "EOS"
-        at = 0
-        for (kind, is_scored), run in itertools.groupby(
-            (kind, labels is not None and labels[at] != IGNORED) for at, kind in enumerate(kinds)
-        ):
-            n = len(list(run))
-            where = f"{at:,}" if n == 1 else f"{at:,} to {at + n - 1:,}"
+        for kind, is_scored, begins, n in _runs(kinds, labels):
             why = "" if labels is None else "  scored" if is_scored else "  not scored"
             if labels is not None and not is_scored:
                 why += ": the segment before scored it" if first else ": nothing stands before it"
-            yield f"  {where:>16}  {kind:<4}{why}"
-            at += n
+            yield f"  {_where(begins, n):>16}  {kind:<4}{why}"
+
+
+def _runs(kinds: Sequence[str], labels: np.ndarray | None) -> Iterator[tuple[str, bool, int, int]]:
+    """Runs of tokens of one kind: the kind, whether they are scored, the first, how many."""
+    at = 0
+    for (kind, is_scored), run in itertools.groupby(
+        (kind, labels is not None and labels[at] != IGNORED) for at, kind in enumerate(kinds)
+    ):
+        n = len(list(run))
+        yield kind, is_scored, at, n
+        at += n
+
+
+def _where(begins: int, n: int) -> str:
+    return f"{begins:,}" if n == 1 else f"{begins:,} to {begins + n - 1:,}"
 
 
 def _say_cut(

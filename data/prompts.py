@@ -221,8 +221,8 @@ class PromptEncoder:
         self.path: Path = tokenizer.path
         self.vocab_size = 2 * tokenizer.vocab_size
         self._dtype = token_dtype(self.vocab_size)
-        self._special = {part: self._special_id(part) for part in _special_parts(self.format)}
-        self.end_id = self._special[self.format.end]
+        self.special = {part: self._special_id(part) for part in _special_parts(self.format)}
+        self.end_id = self.special[self.format.end]
         assert self.end_id is not None
         if self.end_id == tokenizer.bos_id:
             raise ValueError(f"{self.path}: BOS and EOS are one token, so no response could end")
@@ -246,7 +246,7 @@ class PromptEncoder:
         begins = True  # a text begins behind a special token, and goes on behind other text
         for part, is_supervised in render(self.format, turns):
             if isinstance(part, Special):
-                id = self._special[part]
+                id = self.special[part]
                 new = [] if id is None else [id]
             elif begins and not is_supervised:
                 new = self.tokenizer.encode(part)
@@ -275,7 +275,7 @@ class PromptEncoder:
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of all that decides `encode`."""
-        ids = sorted((part.token, id) for part, id in self._special.items() if id is not None)
+        ids = sorted((part.token, id) for part, id in self.special.items() if id is not None)
         described = json.dumps([self.tokenizer.fingerprint(), asdict(self.format), ids])
         return hashlib.sha256(f"prompts {described}".encode()).hexdigest()
 

@@ -1,11 +1,16 @@
 """What the preview says is what packing does, and no text leaves without a terminal."""
 
 import csv
+import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 
 from data.preview import main, printable
+from data.prompts import PromptEncoder, Turn
+from data.tokenizer import load_tokenizer
 from tests.data.conftest import train_sentencepiece
 
 SECRET = "zebrafinch"
@@ -84,3 +89,116 @@ def test_bad_input_is_one_line(
     assert main([*given, *flags]) == 2
     shown = capfd.readouterr()
     assert shown.err.count("\n") == 1 and message in shown.err
+
+
+# Instruction rows ---------------------------------------------------------------------------------
+
+ROWS = [
+    {"instruction": "Name it.", "input": SECRET, "output": "pain and fever"},
+    {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Is it fever?"},
+            {"role": "assistant", "content": "pain"},
+            {"role": "user", "content": "And now?"},
+            {"role": "assistant", "content": "fever"},
+        ]
+    },
+    {"instruction": "Name it.", "input": "", "output": "pain " * 500},
+]
+
+
+@pytest.fixture(scope="module")
+def rows(given: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    return ["--data", str(path), *given[2:], "--stage", "instruct", "--max-length", "400"]
+
+
+def told(shown: str, row: int) -> list[tuple[int, int, str, str]]:
+    """First and last token, kind and what is said of each run of a row."""
+    block = shown.split(f"\nrow {row}: ")[1].split("\nrow ")[0]
+    found = re.findall(r"^ +(\d+)(?: to (\d+))?  (\S+) +((?:not )?scored)$", block, re.MULTILINE)
+    return [(int(a), int(b or a), kind, scored) for a, b, kind, scored in found]
+
+
+@pytest.mark.parametrize("name", ["alpaca", "llama-2", "mistral", "med42", "plain"])
+def test_prompts_and_responses_are_shown_as_they_are_encoded(
+    name, given: list[str], rows: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Against the encoder: every token once, BOS and EOS where they are, responses supervised."""
+    assert main([*rows, "--prompt-format", name]) == 0
+    shown = capfd.readouterr().out
+    tokenizer = load_tokenizer(given[-1])
+    encoder = PromptEncoder(tokenizer, name)
+    row, chat = ROWS[0], ROWS[1]["messages"]
+    conversations = [
+        [Turn("user", row["instruction"], row["input"]), Turn("assistant", row["output"])],
+        [Turn(said["role"], said["content"]) for said in chat],
+    ]
+    for number, turns in enumerate(conversations):
+        ids, supervised = encoder.encode(turns)
+        runs = told(shown, number)
+        assert (runs[0][0], runs[-1][1]) == (0, len(ids) - 1)
+        kinds, scored = [""] * len(ids), [False] * len(ids)
+        for first, last, kind, said in runs:
+            kinds[first : last + 1] = [kind] * (last + 1 - first)
+            scored[first : last + 1] = [said == "scored"] * (last + 1 - first)
+        assert scored == supervised
+        for id, kind, is_supervised in zip(ids, kinds, supervised, strict=True):
+            special = {tokenizer.bos_id: "BOS", tokenizer.eos_id: "EOS"}.get(id)
+            assert kind == (special or ("response" if is_supervised else "prompt"))
+        assert kinds.count("EOS") == sum(turn.role == "assistant" for turn in turns)
+        assert kinds.count("BOS") == (2 if number and name == "llama-2" else 1)
+    assert f"prompt format: {name}, a response ends with token {tokenizer.eos_id}" in shown
+    assert "left out: more tokens than --max-length 400" in shown.split("\nrow 2: ")[1]
+    assert SECRET not in shown and "pain" not in shown
+
+
+def test_with_inputs_trained_on_all_but_the_first_token_are_scored(
+    rows: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*rows, "--train-on-inputs", "--notes", "1"]) == 0
+    first, *others = told(capfd.readouterr().out, 0)
+    assert first[:2] == (0, 0) and first[2:] == ("BOS", "not scored")
+    assert others and all(scored == "scored" for *_, scored in others)
+
+
+def test_text_of_rows_is_shown_on_a_terminal_alone(
+    rows: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main([*rows, "--show-text"]) == 2
+    assert SECRET not in "".join(capfd.readouterr())
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main([*rows, "--show-text", "--notes", "1", "--prompt-format", "plain"]) == 0
+    shown = capfd.readouterr().out
+    assert f"text: Name it.\n\n{SECRET}\n" in shown and "text: pain and fever\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--text-column", "text"], "reads rows and chats"),
+        (["--prompt-format", "llama-3"], "which the tokenizer"),
+        (["--prompt-format", "alpacca"], "invalid choice"),
+    ],
+)
+def test_mistakes_with_rows_are_one_line(
+    rows: list[str], flags: list[str], message: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*rows, *flags]) == 2
+    shown = capfd.readouterr()
+    assert shown.err.count("\n") == 1 and message in shown.err
+
+
+def test_settings_of_rows_and_bad_rows(
+    given: list[str], rows: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*given, "--bad-rows", "skip"]) == 2
+    assert "settings of --stage instruct" in capfd.readouterr().err
+    path = tmp_path / "rows.jsonl"
+    path.write_text(Path(rows[1]).read_text() + '{"instruction": "a"}\n', encoding="utf-8")
+    assert main(["--data", str(path), *rows[2:]]) == 2
+    assert "line 4" in capfd.readouterr().err
+    assert main(["--data", str(path), *rows[2:], "--bad-rows", "skip"]) == 0
+    assert "bad rows, left out: 1 with no input" in capfd.readouterr().out
