@@ -17,12 +17,8 @@ Rows are appended to benchmarks/results/against_peft.csv.
 """
 
 import argparse
-import csv
-import datetime
 import json
 import math
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -38,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 import lora.attach
+from benchmarks.record import append_row, machine, today
 from data.cache import tokenise
 from data.loader import Loader, iter_batches
 from data.notes import open_notes
@@ -57,7 +54,11 @@ from training.optim import make_adamw
 from training.parallel import Ranks, start
 from training.step import optimiser_step
 
-RESULTS = Path(__file__).parent / "results" / "against_peft.csv"
+COLUMNS = [
+    "date", "what", "model", "dropout", "peer", "steps", "ours", "theirs", "ratio",
+    "lowest_ratio", "highest_ratio", "ours_mib", "theirs_mib", "threads", "cpu", "load",
+    "torch", "transformers", "peft", "commit",
+]  # fmt: skip
 RATE, OPTIM = 3e-3, OptimSettings(schedule="constant")
 ADAPTER = "clinical"
 
@@ -480,40 +481,17 @@ def record(row: dict[str, Any]) -> None:
     import peft
     import transformers
 
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     row = {
-        "date": datetime.date.today().isoformat(),
+        "date": today(),
         **row,
         "threads": torch.get_num_threads(),
-        "cpu": _cpu_name(),
-        "load": round(os.getloadavg()[0], 1),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "peft": peft.__version__,
-        "commit": commit,
+        **{name: value for name, value in machine().items() if name in COLUMNS},
     }
     print(json.dumps(row, indent=1))
-    columns = [
-        "date", "what", "model", "dropout", "peer", "steps", "ours", "theirs", "ratio",
-        "lowest_ratio", "highest_ratio", "ours_mib", "theirs_mib", "threads", "cpu", "load",
-        "torch", "transformers", "peft", "commit",
-    ]  # fmt: skip
-    is_new = not RESULTS.exists()
-    RESULTS.parent.mkdir(exist_ok=True)
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, columns, restval="")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
+    append_row("against_peft", row, COLUMNS)
 
 
 if __name__ == "__main__":

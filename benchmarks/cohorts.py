@@ -7,7 +7,7 @@
 and reads it as admission notes with the outcome mor; `charts` writes a CHARTEVENTS of which one row
 in twenty speaks of ventilation, as in MIMIC-III, and reads it as the outcome pmv. The tables lie in
 a temporary folder and are deleted; the reader runs in a process of its own, whose largest memory is
-told. One line of JSON is printed.
+told. Rows are appended to benchmarks/results/cohorts.csv.
 """
 
 import argparse
@@ -15,15 +15,18 @@ import csv
 import itertools
 import json
 import multiprocessing
+import platform
 import random
 import resource
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.record import append_row, machine, today
 from data.mimic import open_mimic
 from data.outcomes import MIMIC3, NEEDS
 from data.tables import COLUMNS
@@ -48,11 +51,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         size = (folder / f"{table}.csv").stat().st_size
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             found = pool.apply(measure, (str(folder), task))
-    print(
-        json.dumps(
-            {"table": table, "table_mb": size / 1e6, "mb_s": size / 1e6 / found["s"]} | found
-        )
-    )
+    row = {
+        "date": today(),
+        "table": table,
+        "task": task,
+        "table_mb": round(size / 1e6, 1),
+        "mb_s": round(size / 1e6 / found["s"], 1),
+        **{name: round(value, 1) for name, value in found.items()},
+        "python": platform.python_version(),
+        "duckdb": version("duckdb"),
+        **machine(),
+    }
+    append_row("cohorts", row)
+    print(json.dumps(row, indent=1))
 
 
 def measure(folder: str, task: str) -> dict[str, Any]:

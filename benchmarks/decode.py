@@ -10,12 +10,10 @@ of a token with the weights take alone, as torch makes them: what no side can be
 """
 
 import argparse
-import csv
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -23,12 +21,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.against_peft import LLAMA58M
+from benchmarks.record import append_row, today
 from model.checkpoint import load_causal_lm, save_model
 from model.decoder import init_weights
 from model.generation import GenerationConfig, generate
 from model.heads import CausalLM
 
-RESULTS = Path(__file__).parent / "results" / "decode.csv"
 Peer = Callable[[list[list[int]]], list[list[int]]]  # prompts -> new tokens
 
 
@@ -60,7 +58,7 @@ def main() -> None:
     ratios = [theirs / own for own, theirs in times]
     own, theirs = (statistics.median(side) for side in zip(*times, strict=True))
     row = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "date": today(),
         "model": options.model,
         "batch": options.batch,
         "prompts": "mixed" if options.mixed else "equal",
@@ -74,12 +72,7 @@ def main() -> None:
         "weights_ms": round(1e3 * weights_seconds(ours, options.batch), 3),
         "torch": torch.__version__,
     }
-    is_new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
+    append_row("decode", row)
     print("  ".join(f"{key} {value}" for key, value in row.items()))
 
 

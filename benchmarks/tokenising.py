@@ -12,7 +12,6 @@ appended to benchmarks/results/tokenising.csv.
 
 import argparse
 import csv
-import datetime
 import json
 import os
 import platform
@@ -25,9 +24,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from benchmarks.record import append_row, today
 from data.general_text import form, health_leaflet
-
-RESULTS = Path(__file__).parent / "results" / "tokenising.csv"
 
 _OURS = """
 import json, sys, time
@@ -103,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         megabytes = round(table.stat().st_size / 2**20, 1)
     ratios = [theirs / mine for theirs, mine in zip(peer, ours, strict=True)]
     row = {
-        "date": datetime.date.today().isoformat(),
+        "date": today(),
         "machine": f"{os.cpu_count()} x {platform.machine()}",
         "sentencepiece": version("sentencepiece"),
         "vocabulary": flags.tokenizer.stem,
@@ -116,12 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "ratio_lowest": round(min(ratios), 2),
         "ratio_highest": round(max(ratios), 2),
     }
-    is_new = not RESULTS.exists()
-    with open(RESULTS, "a", newline="", encoding="utf-8") as file:
-        rows = csv.DictWriter(file, row)
-        if is_new:
-            rows.writeheader()
-        rows.writerow(row)
+    append_row("tokenising", row)
     print(json.dumps(row, indent=2))
 
 
