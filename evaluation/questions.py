@@ -1,21 +1,18 @@
-"""Multiple-choice questions put to a language model: prompts, log-likelihoods, accuracy.
+"""Multiple-choice questions put to a language model, from the question set to accuracy.
 
-    question set -> prompt strategy -> a JSON line per question -> results.json
+    question set -> strategy -> a JSON line per question -> results.json, report.html
 
-The prompt is lm-evaluation-harness's of MedQA: "Question:", the stem, a line "A. text" for each
-option, "Answer:". A strategy has a name and a version, and the results record both: change what it
-asks or how it decides, and its version goes up. The invariant: a question's answer depends on the
-model, the strategy, the seed and the question alone, not on what is scored beside it.
+The results record the strategy's name, version and settings. The invariant: a line holds no text
+of its question, and whenever the command is killed, it ends with the same bytes.
 """
 
+import dataclasses
 import hashlib
-import json
-import os
-import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,15 +20,25 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 from torch import Tensor
 
-from data.questions import LETTERS, BadRows, Question, QuestionSetName, read_questions
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.questions import (
+    LETTERS,
+    USMLE_PUBLISHED,
+    BadRows,
+    Question,
+    QuestionSet,
+    QuestionSetName,
+    read_questions,
+)
+from data.tokenizer import load_tokenizer
+from evaluation.answering import Answerer, ModelAnswerer
 from evaluation.bootstrap import Floats, intervals, resample
 from evaluation.bootstrap import interval as percentiles
-from model.batch import TokenBatch
+from evaluation.demonstrations import gather_demonstrations
+from evaluation.journal import Row, digest_of, read_rows, worked_through
+from evaluation.question_report import write_question_report
+from evaluation.strategies import STRATEGIES, TIE_RULE, Setting, StrategyName
 from model.checkpoint import base_fingerprint
-from model.ending import RunFailed
-from model.files import write_json
-from model.generation import GenerationConfig, generate
+from model.files import read_json, write_json
 from model.heads import CausalLM
 from training.assemble import base_dtype, load_base, restore
 from training.config import BaseDtype, Int8Settings
@@ -39,35 +46,8 @@ from training.parallel import choose_device, flush_denormals
 from training.run_folder import locked, private_files
 from training.stages import clinical
 
-StrategyName = Literal["letter", "choice", "choice-normalised", "answer"]
-CHUNK = 32  # questions asked together and written together
-ANSWERS = "answers.jsonl"
-
-
-class Asked(NamedTuple):
-    """A continuation whose log-likelihood after a context is asked for."""
-
-    context: str
-    continuation: str
-
-
-class Answer(NamedTuple):
-    """What was chosen, from 0; None where no answer could be read. scores: of each option."""
-
-    choice: int | None
-    scores: tuple[float, ...] | None = None
-
-
-class Answerer(Protocol):
-    """What a strategy asks of a model."""
-
-    def log_likelihoods(self, asked: Sequence[Asked]) -> list[float]:
-        """Summed log-probability of each continuation's tokens."""
-        ...
-
-    def complete(self, prompts: Sequence[str], config: GenerationConfig) -> list[str]:
-        """The text that the model writes after each prompt."""
-        ...
+ANSWERS, RESULTS = "answers.jsonl", "results.json"
+RATIONALES = 5  # tried for each solved question by default, as in promptbase
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,26 +69,36 @@ class QuestionConfig:
     float32. A run's base is held as in training."""
     int8: Int8Settings = field(default_factory=Int8Settings)
     prompt: StrategyName = "letter"
-    """How it is asked: the likeliest letter, the likeliest option (as it is, or divided by its
-    characters), or a written answer."""
+    """How it is asked and answered: docs/questions.md describes the strategies."""
     shots: int = 0
-    """Solved questions in front of each question, the first ones of --shots-data."""
+    """Solved questions in front of each question: the first ones of --shots-data; with nearest and
+    medprompt the most similar ones."""
     shots_data: str | None = None
     """File of the solved questions, in the layout of --data; none of them is scored."""
+    rationales: int | None = None
+    """With nearest and medprompt: how often the model reasons about each solved question. Default:
+    5."""
     bad_rows: BadRows = "refuse"
     """Refuse rows that are no question, or skip and count them."""
     answers_from: Literal[0, 1] | None = None
     """Number of MedMCQA's first answer. Default: read off the answers."""
-    max_new_tokens: int = 16
-    """Most tokens of a written answer."""
+    max_new_tokens: int | None = None
+    """Most tokens of a written answer. Default: the strategy's, or half of the model's positions
+    where that is less."""
+    temperature: float | None = None
+    """Of sampled answers. Default: the strategy's."""
+    votes: int | None = None
+    """Answers of which the majority counts. Default: the strategy's."""
     compare: str | None = None
     """An earlier run scored in the same way, or a folder of answers: is the difference chance?"""
     bootstrap: int = 1000
     """Resamples of questions behind each interval; 0 for no intervals."""
     seed: int = 0
-    """Decides the resamples."""
+    """Decides the resamples, what is sampled, and how options are shuffled."""
     micro_tokens: int = 4096
     """Most tokens that pass through the model at once; a longer prompt passes alone."""
+    cache_tokens: int = 1 << 15
+    """Most tokens whose keys and values are held at once while answers are written."""
     device: str | None = None
     """cpu, cuda or cuda:N. Default: the GPU if there is one."""
 
@@ -133,257 +123,54 @@ class QuestionConfig:
             ("--bootstrap", self.bootstrap, 0),
             ("--seed", self.seed, 0),
             ("--micro-tokens", self.micro_tokens, 1),
+            ("--cache-tokens", self.cache_tokens, 1),
             ("--max-new-tokens", self.max_new_tokens, 1),
+            ("--votes", self.votes, 1),
+            ("--rationales", self.rationales, 1),
+            ("--temperature", self.temperature, 0),
         ):
-            if number < least:
+            if number is not None and not least <= number < float("inf"):
                 raise ValueError(f"{flag} must be at least {least}, got {number}")
+        self._check_strategy()
 
-
-# A model that answers ----------------------------------------------------------------------------
-
-
-class ModelAnswerer:
-    """A decoder with its tokenizer; `shortened` counts the contexts that were cut in front."""
-
-    def __init__(
-        self, model: CausalLM, tokenizer: Tokenizer, device: torch.device, micro_tokens: int
-    ) -> None:
-        self.model, self.tokenizer, self.device = model, tokenizer, device
-        self.micro_tokens, self.shortened = micro_tokens, 0
-        front = model.model.virtual_tokens + model.model.prefix_tokens
-        self.positions = model.config.max_position_embeddings - front
-
-    def log_likelihoods(self, asked: Sequence[Asked]) -> list[float]:
-        """Sum over the continuation's tokens of log p(token | all before it); any lengths.
-
-        The continuation's tokens are those of context + continuation from where the context's end.
-        Continuations that differ in their last token alone share one pass.
-        """
-        rows: dict[tuple[int, ...], list[tuple[int, int, int]]] = {}
-        totals = [0.0] * len(asked)
-        for i, one in enumerate(asked):
-            whole, start = self._ids(one)
-            rows.setdefault(tuple(whole[:-1]), []).append((i, start, whole[-1]))
-        inputs = sorted(rows, key=len)
-        for first, last in _micro_batches([len(ids) for ids in inputs], self.micro_tokens):
-            for ids, scores in zip(
-                inputs[first:last], self._log_probabilities(inputs[first:last], rows), strict=True
-            ):
-                for (i, _, _), score in zip(rows[ids], scores, strict=True):
-                    totals[i] = score
-        if not np.isfinite(totals).all():
-            raise RunFailed("a log-likelihood is not finite")
-        return totals
-
-    def complete(self, prompts: Sequence[str], config: GenerationConfig) -> list[str]:
-        room = self.positions - config.max_new_tokens
-        if room < 1:
+    def _check_strategy(self) -> None:
+        """Refuse what the strategy has no use for, and ask for what it needs."""
+        for name, given, has_use in (
+            ("max_new_tokens", self.max_new_tokens, "max_new_tokens"),
+            ("temperature", self.temperature, "temperature"),
+            ("votes", self.votes, "votes"),
+            ("shots", self.shots or None, "takes_shots"),
+            ("rationales", self.rationales, "finds_nearest"),
+        ):
+            users = [
+                known
+                for known, strategy in STRATEGIES.items()
+                if getattr(strategy, has_use) not in (None, False)
+            ]
+            if given is not None and self.prompt not in users:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} means nothing to --prompt {self.prompt}; leave it "
+                    f"out, or choose one of {', '.join(users)}"
+                )
+        if STRATEGIES[self.prompt].finds_nearest and not self.shots:
             raise ValueError(
-                f"--max-new-tokens {config.max_new_tokens} leaves no place for a prompt in the "
-                f"model's {self.positions} positions"
+                f"--prompt {self.prompt} puts the nearest solved questions in front: give their "
+                "number (published: --shots 5) and their file (--shots-data)"
             )
-        ids = [self._shortened(self._begun(prompt), room) for prompt in prompts]
-        written = generate(self.model, ids, config)
-        # A base's matrix may have rows beyond the tokenizer's last id: they are no text.
-        stop, known = set(config.stop_ids), self.tokenizer.vocab_size
-        return [
-            self.tokenizer.decode([i for i in new if i not in stop and i < known])
-            for new in written
-        ]
-
-    def _begun(self, text: str) -> list[int]:
-        bos = self.tokenizer.bos_id
-        return ([] if bos is None else [bos]) + self.tokenizer.encode(text)
-
-    def _ids(self, asked: Asked) -> tuple[list[int], int]:
-        """Ids of both, and where the continuation's begin: after what the context's ids share."""
-        context, ids = self._begun(asked.context), self._begun(asked.context + asked.continuation)
-        shared = 0
-        while shared < min(len(context), len(ids) - 1) and context[shared] == ids[shared]:
-            shared += 1
-        kept = self._shortened(ids, self.positions + 1)  # the last token is never an input
-        start = shared - (len(ids) - len(kept))
-        if start < 1:
-            raise ValueError("an option is longer than the model's positions, or has no context")
-        return kept, start
-
-    def _shortened(self, ids: list[int], room: int) -> list[int]:
-        """At most `room` ids: BOS and the end."""
-        if len(ids) <= room:
-            return ids
-        self.shortened += 1
-        begin = ids[: int(self.tokenizer.bos_id is not None)]
-        return begin + ids[len(ids) - room + len(begin) :]
-
-    @torch.inference_mode()
-    def _log_probabilities(
-        self,
-        inputs: Sequence[tuple[int, ...]],
-        rows: Mapping[tuple[int, ...], list[tuple[int, int, int]]],
-    ) -> Iterator[list[float]]:
-        offsets = np.cumsum([0, *map(len, inputs)])
-        flat = [token for ids in inputs for token in ids]
-        hidden_MD = self.model.model(TokenBatch.from_arrays(flat, offsets.tolist()).to(self.device))
-        for begin, ids in zip(offsets, inputs, strict=False):
-            least = min(start for _, start, _ in rows[ids])
-            part: Tensor = hidden_MD[begin + least - 1 : begin + len(ids)]
-            logits = self.model.head_logits(part)
-            wide = torch.promote_types(logits.dtype, torch.float32)
-            log_p = logits.to(wide).log_softmax(-1).cpu()
-            scores = []
-            for _, start, final in rows[ids]:
-                targets = torch.tensor([*ids[start:], final])
-                chosen = log_p[start - least :].gather(1, targets[:, None])
-                scores.append(float(chosen.sum()))
-            yield scores
-
-
-def _micro_batches(lengths: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
-    """Neighbours of at most `most` tokens together; a longer one alone."""
-    first, held = 0, 0
-    for i, length in enumerate(lengths):
-        if i > first and held + length > most:
-            yield first, i
-            first, held = i, 0
-        held += length
-    if lengths:
-        yield first, len(lengths)
-
-
-# Prompts and strategies --------------------------------------------------------------------------
-
-
-def letter_prompt(question: Question) -> str:
-    """The question with its options by letter, up to "Answer:"."""
-    options = zip(LETTERS, question.options, strict=False)
-    listed = "\n".join(f"{letter}. {text}" for letter, text in options)
-    return f"{_stem(question)}\n{listed}\nAnswer:"
-
-
-def choice_prompt(question: Question) -> str:
-    """The question without its options, up to "Answer:"."""
-    return f"{_stem(question)}\nAnswer:"
-
-
-def _stem(question: Question) -> str:
-    context = f"Abstract: {question.context}\n" if question.context else ""
-    return f"{context}Question: {question.stem}"
-
-
-def _solved_letters(shots: Sequence[Question]) -> str:
-    return "".join(f"{letter_prompt(one)} {LETTERS[one.answer]}\n\n" for one in shots)
-
-
-def by_letter(
-    model: Answerer, questions: Sequence[Question], shots: Sequence[Question], _: GenerationConfig
-) -> list[Answer]:
-    """The letter that is likeliest after the listed options."""
-    front = _solved_letters(shots)
-    asked = [
-        [
-            Asked(front + letter_prompt(question), f" {letter}")
-            for letter in LETTERS[: len(question.options)]
-        ]
-        for question in questions
-    ]
-    return _likeliest(model, asked)
-
-
-def by_choice(
-    model: Answerer, questions: Sequence[Question], shots: Sequence[Question], _: GenerationConfig
-) -> list[Answer]:
-    """The option whose whole text is likeliest after the question alone."""
-    return _likeliest(model, _choices(questions, shots))
-
-
-def by_normalised_choice(
-    model: Answerer, questions: Sequence[Question], shots: Sequence[Question], _: GenerationConfig
-) -> list[Answer]:
-    """As `by_choice`, of each option the log-likelihood divided by its characters."""
-    return _likeliest(model, _choices(questions, shots), normalise=True)
-
-
-def by_written_answer(
-    model: Answerer,
-    questions: Sequence[Question],
-    shots: Sequence[Question],
-    config: GenerationConfig,
-) -> list[Answer]:
-    """What the model writes after the listed options, read by `parse_answer`; unread is wrong."""
-    front = _solved_letters(shots)
-    texts = model.complete([front + letter_prompt(question) for question in questions], config)
-    return [
-        Answer(parse_answer(text, question.options))
-        for text, question in zip(texts, questions, strict=True)
-    ]
-
-
-def _choices(questions: Sequence[Question], shots: Sequence[Question]) -> list[list[Asked]]:
-    front = "".join(f"{choice_prompt(one)} {one.options[one.answer]}\n\n" for one in shots)
-    return [
-        [Asked(front + choice_prompt(question), f" {option}") for option in question.options]
-        for question in questions
-    ]
-
-
-def _likeliest(
-    model: Answerer, asked: Sequence[Sequence[Asked]], *, normalise: bool = False
-) -> list[Answer]:
-    found = iter(model.log_likelihoods([one for options in asked for one in options]))
-    answers = []
-    for options in asked:
-        # Characters of the option without the space in front of it, as the harness counts.
-        scores = [next(found) / (len(o.continuation) - 1 if normalise else 1) for o in options]
-        answers.append(Answer(int(np.argmax(scores)), tuple(scores)))
-    return answers
-
-
-def parse_answer(text: str, options: Sequence[str]) -> int | None:
-    """The option, from 0, that a written answer names; None where it names none or several.
-
-    Read in this order: after the last "answer is" or "answer:"; a letter in front; one letter in
-    brackets; the only option whose whole text stands in it.
-    """
-    letters = LETTERS[: len(options)]
-    after = re.split(r"answer(?:\s+is)?\s*[:\s]\s*", text, flags=re.IGNORECASE)[-1].strip()
-    if match := re.match(rf"[\[(*\s]*([{letters}])(?:[\])*:.,;\s]|$)", after):
-        return letters.index(match[1])
-    bracketed = set(re.findall(rf"[\[(]([{letters}])[\])]", after))
-    if len(bracketed) == 1:
-        return letters.index(bracketed.pop())
-    named = [
-        i
-        for i, option in enumerate(options)
-        if re.search(rf"(?<!\w){re.escape(option)}(?!\w)", after, flags=re.IGNORECASE)
-    ]
-    return named[0] if len(named) == 1 else None
-
-
-class Strategy(Protocol):
-    def __call__(
-        self,
-        model: Answerer,
-        questions: Sequence[Question],
-        shots: Sequence[Question],
-        config: GenerationConfig,
-        /,
-    ) -> list[Answer]: ...
-
-
-# Each with its version.
-STRATEGIES: Mapping[str, tuple[Strategy, int]] = {
-    "letter": (by_letter, 1),
-    "choice": (by_choice, 1),
-    "choice-normalised": (by_normalised_choice, 1),
-    "answer": (by_written_answer, 1),
-}
 
 
 # Scoring -----------------------------------------------------------------------------------------
 
 
+class AnsweredBy(NamedTuple):
+    """The fingerprint of all that the model is made of, and how its base is held."""
+
+    model: str
+    base_dtype: Mapping[str, str]
+
+
 def score_questions(config: QuestionConfig) -> dict[str, Any]:
-    """Ask every question, write answers and results, and return the results.
+    """Ask every question, write answers, results and report, and return the results.
 
     Answers that an ended or killed run of the same model, questions and strategy has written are
     taken as they are. Raises ValueError for the user's mistakes.
@@ -391,75 +178,165 @@ def score_questions(config: QuestionConfig) -> dict[str, Any]:
     flush_denormals()
     device = choose_device(config.device)
     how: dict[str, Any] = {"bad_rows": config.bad_rows, "answers_from": config.answers_from}
-    found = read_questions(config.mcq, config.data, **how)
-    shots: tuple[Question, ...] = ()
+    found, solved = read_questions(config.mcq, config.data, **how), None
     if config.shots_data is not None:
-        solved = read_questions(config.mcq, config.shots_data, **how).questions
-        if len(solved) < config.shots:
-            raise ValueError(f"--shots {config.shots}: {config.shots_data} has {len(solved)}")
-        shots = solved[: config.shots]
-        if {shot.stem for shot in shots} & {question.stem for question in found.questions}:
-            raise ValueError("a question of --shots-data is among those of --data; name others")
+        solved = read_questions(config.mcq, config.shots_data, **how)
+        _check_solved(config, found, solved)
     with private_files():
-        answerer, fingerprint, held = _answerer(config, device)
-        strategy, version = STRATEGIES[config.prompt]
-        stop = answerer.tokenizer.eos_id
-        generation = GenerationConfig(
-            max_new_tokens=config.max_new_tokens, stop_ids=() if stop is None else (stop,)
-        )
-        header = {
-            "model": fingerprint,
-            "base_dtype": held,
-            "questions": found.fingerprint,
-            "bad_rows": config.bad_rows,
-            "answers_from": config.answers_from,
-            "strategy": config.prompt,
-            "version": version,
-            "shots": hashlib.sha256(repr(shots).encode()).hexdigest() if shots else None,
-            "max_new_tokens": config.max_new_tokens if config.prompt == "answer" else None,
-        }
-        # Sets and prompts of their own names: MMLU's results never take the place of MedQA's.
-        place = f"eval/{config.mcq}-{config.prompt}-{config.shots}-{found.fingerprint[:8]}"
+        answerer, answered_by = _answerer(config, device)
         root = Path(config.run or config.out or "")
         with locked(root):
-            folder = root / place
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            rows = _read_answers(folder / ANSWERS, header)
-            asked = found.questions[len(rows) :]
-            for start in range(0, len(asked), CHUNK):
-                chunk = asked[start : start + CHUNK]
-                before = answerer.shortened
-                answers = strategy(answerer, chunk, shots, generation)
-                new = [
-                    {"id": question.id, "answer": question.answer, **answer._asdict()}
-                    for question, answer in zip(chunk, answers, strict=True)
-                ]
-                new[0]["shortened"] = answerer.shortened - before
-                _append(folder / ANSWERS, header, new)
-                rows += new
-            results = {
-                "mcq": config.mcq,
-                "strategy": config.prompt,
-                "strategy_version": version,
-                "shots": config.shots,
-                "questions_fingerprint": found.fingerprint,
-                "model_fingerprint": fingerprint,
-                "base_dtype": held,
-                "counts": dict(found.counts),
-                "shortened_prompts": sum(row.get("shortened", 0) for row in rows),
-                "bootstrap": config.bootstrap,
-                "seed": config.seed,
-                **accuracies(
-                    found.questions, [row["choice"] for row in rows], config.bootstrap, config.seed
-                ),
-                "comparison": None,
-            }
-            if config.compare is not None:
-                results["comparison"] = {"run": config.compare} | paired_accuracy(
-                    rows, _other_rows(Path(config.compare), place), config.bootstrap, config.seed
-                )
-            write_json(folder / "results.json", results)
+            return ask_all(answerer, answered_by, config, found, solved, root)
+
+
+def _check_solved(config: QuestionConfig, found: QuestionSet, solved: QuestionSet) -> None:
+    if len(solved.questions) < config.shots:
+        raise ValueError(
+            f"--shots {config.shots}: {config.shots_data} has {len(solved.questions)} questions"
+        )
+    if not STRATEGIES[config.prompt].finds_nearest:
+        shown = {question.stem for question in solved.questions[: config.shots]}
+        if shown & {question.stem for question in found.questions}:
+            raise ValueError("a question of --shots-data is among those of --data; name others")
+
+
+def ask_all(
+    answerer: Answerer,
+    answered_by: AnsweredBy,
+    config: QuestionConfig,
+    found: QuestionSet,
+    solved: QuestionSet | None,
+    root: Path,
+) -> dict[str, Any]:
+    """`score_questions` with an open model; `root` is the folder that holds eval/."""
+    strategy = STRATEGIES[config.prompt]
+    setting, settings, rationales = _setting(answerer, answered_by, config, solved, root / "eval")
+    asked: dict[str, Any] = {
+        "questions": found.fingerprint,
+        "bad_rows": config.bad_rows,
+        "answers_from": config.answers_from,
+        "strategy": config.prompt,
+        "version": strategy.version,
+        **settings,
+    }
+    # A name for each way to ask: MMLU's results never take the place of MedQA's.
+    place = f"eval/{config.mcq}-{config.prompt}-{config.shots}-{digest_of(asked)[:8]}"
+    folder = root / place
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def work(chunk: range) -> list[Row]:
+        questions = found.questions[chunk.start : chunk.stop]
+        answers = strategy.ask(answerer, questions, setting)
+        return [
+            {"id": question.id, "answer": question.answer, **answer._asdict()}
+            for question, answer in zip(questions, answers, strict=True)
+        ]
+
+    header = {**answered_by._asdict(), **asked}
+    rows = worked_through(folder / ANSWERS, header, len(found.questions), work)
+    results = {
+        "mcq": config.mcq,
+        "strategy": config.prompt,
+        "strategy_version": strategy.version,
+        "shots": config.shots,
+        "settings": settings,
+        "tie_rule": None if strategy.votes is None else TIE_RULE,
+        "rationales": rationales,
+        "questions_fingerprint": found.fingerprint,
+        "model_fingerprint": answered_by.model,
+        "base_dtype": answered_by.base_dtype,
+        "counts": dict(found.counts),
+        "published_counts": dict(USMLE_PUBLISHED) if config.mcq == "usmle" else None,
+        "shortened_prompts": sum(row["shortened"] for row in rows),
+        "texts_asked": sum(row["asked"] for row in rows),
+        "new_tokens": sum(row["new_tokens"] for row in rows),
+        "bootstrap": config.bootstrap,
+        "seed": config.seed,
+        **accuracies(
+            found.questions, [row["choice"] for row in rows], config.bootstrap, config.seed
+        ),
+        "confusion": confusion(rows),
+        "comparison": None,
+    }
+    if config.compare is not None:
+        other, others = _other_rows(Path(config.compare), place)
+        results["comparison"] = {
+            "run": config.compare,
+            "strategy": other["strategy"],
+            "version": other["version"],
+        } | paired_accuracy(rows, others, config.bootstrap, config.seed)
+    write_json(folder / RESULTS, results)
+    write_question_report(
+        folder / "report.html", results, dataclasses.asdict(config), _beside(folder, results)
+    )
     return results | {"folder": str(folder)}
+
+
+def _setting(
+    answerer: Answerer,
+    answered_by: AnsweredBy,
+    config: QuestionConfig,
+    solved: QuestionSet | None,
+    folder: Path,
+) -> tuple[Setting, dict[str, Any], Mapping[str, int] | None]:
+    """What the strategy is told, how the results record it, and the counts of rationales."""
+    strategy = STRATEGIES[config.prompt]
+    tokens = config.max_new_tokens
+    if tokens is None and strategy.max_new_tokens is not None:
+        tokens = max(1, min(strategy.max_new_tokens, answerer.positions // 2))
+    temperature = strategy.temperature if config.temperature is None else config.temperature
+    votes = strategy.votes if config.votes is None else config.votes
+    settings: dict[str, Any] = {
+        "shots": None,
+        "max_new_tokens": tokens,
+        "temperature": temperature,
+        "votes": votes,
+        "seed": config.seed if strategy.draws else None,
+    }
+    setting = Setting(
+        max_new_tokens=tokens or 1,
+        temperature=temperature or 0.0,
+        votes=votes or 1,
+        seed=config.seed,
+    )
+    if solved is None:
+        return setting, settings, None
+    if not strategy.finds_nearest:
+        shots = solved.questions[: config.shots]
+        settings["shots"] = hashlib.sha256(repr(shots).encode()).hexdigest()
+        return dataclasses.replace(setting, shots=shots), settings, None
+    tried = RATIONALES if config.rationales is None else config.rationales
+    named = {
+        "questions": solved.fingerprint,
+        "bad_rows": config.bad_rows,
+        "answers_from": config.answers_from,
+    }
+    settings |= {"shots": digest_of(named), "neighbours": config.shots, "rationales": tried}
+    demonstrations = gather_demonstrations(
+        answerer,
+        solved.questions,
+        folder,
+        {**answered_by._asdict(), **named},
+        rationales=tried,
+        max_new_tokens=setting.max_new_tokens,
+        seed=config.seed,
+    )
+    setting = dataclasses.replace(setting, demonstrations=demonstrations, neighbours=config.shots)
+    return setting, settings, demonstrations.counts
+
+
+def _beside(folder: Path, results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The results of the same model on the same questions by other strategies."""
+    found = []
+    for path in sorted(folder.parent.glob(f"*/{RESULTS}")):
+        try:
+            other = read_json(path) if path.parent != folder else None
+        except ValueError:
+            continue
+        same = ("questions_fingerprint", "model_fingerprint", "base_dtype")
+        if isinstance(other, dict) and all(other.get(key) == results[key] for key in same):
+            found.append(other)
+    return found
 
 
 def accuracies(
@@ -485,6 +362,20 @@ def accuracies(
             LETTERS[i]: float((answers == i).mean()) for i in range(int(answers.max()) + 1)
         },
         **by,
+    }
+
+
+def confusion(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
+    """How often each letter was chosen where each was right; "none" where none could be read."""
+    counts = Counter((row["answer"], row["choice"]) for row in rows)
+    known = {place for pair in counts for place in pair if place is not None}
+    letters = range(max(known) + 1)
+    return {
+        LETTERS[answer]: {
+            **{LETTERS[choice]: counts[answer, choice] for choice in letters},
+            "none": counts[answer, None],
+        }
+        for answer in letters
     }
 
 
@@ -551,6 +442,15 @@ def question_summary(results: Mapping[str, Any]) -> Iterator[str]:
     yield f"accuracy {said(results)}"
     best = max(results["accuracy_of_constant"].items(), key=lambda item: item[1])
     yield f"always answering {best[0]} would score {best[1]:.3f}"
+    if (rationales := results["rationales"]) is not None:
+        yield (
+            f"rationales: {rationales['rationales_kept']:,} of "
+            f"{rationales['rationales_tried']:,} ended in the answer, of "
+            f"{rationales['with_rationale']:,} of {rationales['solved_questions']:,} questions"
+        )
+    for step, published in (results["published_counts"] or {}).items():
+        if (scored := results["counts"].get(f"{step} questions")) is not None:
+            yield f"{step}: {scored:,} questions (the paper counts {published:,})"
     for name, count in (("unanswered", "unanswered"), ("shortened prompts", "shortened_prompts")):
         if results[count]:
             yield f"{name}: {results[count]:,}"
@@ -562,18 +462,14 @@ def question_summary(results: Mapping[str, Any]) -> Iterator[str]:
     yield f"answers and results are in {results['folder']}"
 
 
-def _answerer(
-    config: QuestionConfig, device: torch.device
-) -> tuple[ModelAnswerer, str, dict[str, str]]:
-    """What answers, the fingerprint of all that it is made of, and how its base is held."""
+def _answerer(config: QuestionConfig, device: torch.device) -> tuple[ModelAnswerer, AnsweredBy]:
     if config.run is not None:
         finished = restore(Path(config.run), device)
         settings, model, tokenizer = finished.config, finished.model, finished.tokenizer
-        told = {key: finished.record[key] for key in ("fingerprints", "files")}
-        fingerprint = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        fingerprint = digest_of({key: finished.record[key] for key in ("fingerprints", "files")})
     else:
         folder = Path(config.model or "")
-        settings = replace(  # a stage that puts nothing on the base, and asks for no length
+        settings = dataclasses.replace(  # a stage that puts nothing on the base, of any length
             clinical(),
             model=config.model,
             base_dtype=config.base_dtype,
@@ -584,39 +480,15 @@ def _answerer(
         fingerprint = base_fingerprint(folder)
     if not isinstance(model, CausalLM):
         raise ValueError(f"--mcq needs a language model, but {config.run} is a classifier")
-    dtype = base_dtype(settings, device)
-    held: dict[str, str] = {"dtype": dtype}
-    if dtype == "int8":
+    held: dict[str, str] = {"dtype": base_dtype(settings, device)}
+    if held["dtype"] == "int8":
         held["compute"] = settings.int8.compute
-    return ModelAnswerer(model, tokenizer, device, config.micro_tokens), fingerprint, held
+    answerer = ModelAnswerer(model, tokenizer, device, config.micro_tokens, config.cache_tokens)
+    return answerer, AnsweredBy(fingerprint, held)
 
 
-def _read_answers(path: Path, header: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Answers under this very header; a torn last line, and answers of another, are dropped."""
-    content = path.read_bytes() if path.is_file() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    try:
-        lines = [json.loads(line) for line in whole.splitlines()]
-    except ValueError:
-        lines = []
-    if not lines or lines[0] != dict(header):
-        path.unlink(missing_ok=True)
-        return []
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    return lines[1:]
-
-
-def _append(path: Path, header: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-    lines = [*rows] if path.exists() else [header, *rows]
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _other_rows(folder: Path, place: str) -> list[dict[str, Any]]:
+def _other_rows(folder: Path, place: str) -> tuple[Row, list[Row]]:
     for path in (folder / place / ANSWERS, folder / ANSWERS):
         if path.is_file():
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()][1:]
+            return read_rows(path)
     raise ValueError(f"--compare {folder} holds no answers; score it first on the same questions")

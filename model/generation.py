@@ -49,17 +49,20 @@ def generate(
     config: GenerationConfig,
     *,
     seed: int = 0,
+    seeds: Sequence[int] | None = None,
     use_cache: bool = True,
 ) -> list[list[int]]:
     """The new tokens of each prompt, all prompts together.
 
     Args:
         prompts: token ids, BOS included where the model expects one; of any lengths.
-        seed: prompt i draws with the seed `seed + i`.
+        seed: prompt i draws with the seed `seed + i`,
+        seeds: or with one of its own.
         use_cache: False computes every token again at each step, which is slow and the same.
     """
     sequences = [list(prompt) for prompt in prompts]
-    for _ in _steps(model, sequences, config, seed, use_cache):
+    seeds = range(seed, seed + len(prompts)) if seeds is None else seeds
+    for _ in _steps(model, sequences, config, seeds, use_cache):
         pass
     return [sequence[len(prompt) :] for sequence, prompt in zip(sequences, prompts, strict=True)]
 
@@ -69,7 +72,7 @@ def stream(
 ) -> Iterator[int]:
     """The tokens that `generate` gives of one prompt, each as soon as it is chosen."""
     sequence = list(prompt)
-    for _ in _steps(model, [sequence], config, seed, use_cache=True):
+    for _ in _steps(model, [sequence], config, [seed], use_cache=True):
         yield sequence[-1]
 
 
@@ -78,13 +81,14 @@ def _steps(
     model: CausalLM,
     sequences: list[list[int]],
     config: GenerationConfig,
-    seed: int,
+    seeds: Sequence[int],
     use_cache: bool,
 ) -> Iterator[None]:
     """Lengthen every running sequence, which begins as its prompt, by one token at each step."""
     _check_prompts(model, sequences, config)
     weight = model.model.embed_tokens.weight
-    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(sequences))]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    assert len(generators) == len(sequences)
     cache = None
     if use_cache and sequences:
         capacity = _places_in_front(model) + max(map(len, sequences)) + config.max_new_tokens

@@ -8,28 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
 import eval as command
 from data.questions import LETTERS, Question, read_questions
 from data.tokenizer import load_tokenizer
-from evaluation.questions import (
-    Asked,
-    ModelAnswerer,
-    accuracies,
-    by_choice,
-    by_letter,
-    by_normalised_choice,
-    letter_prompt,
-    paired_accuracy,
-    parse_answer,
-)
+from evaluation.answering import Asked, ModelAnswerer, Prompt, Scored, Written
+from evaluation.prompting import letter_prompt, parse_answer
+from evaluation.questions import accuracies, confusion, paired_accuracy
+from evaluation.strategies import STRATEGIES, Setting, StrategyName
 from model.checkpoint import load_causal_lm
 from model.generation import GenerationConfig
 from tests.data.conftest import CharacterTokenizer
 from tests.model.oracle import hugging_face_twin, make_causal_lm, make_config
 
-GENERATION = GenerationConfig(max_new_tokens=4)
 CPU = torch.device("cpu")
 
 
@@ -39,13 +32,23 @@ class Fixed:
     def __init__(self, favourite: str) -> None:
         self.favourite = favourite
 
-    def log_likelihoods(self, asked: Sequence[Asked]) -> list[float]:
-        if len(self.favourite) == 1:
-            return [float(one.continuation == f" {self.favourite}") for one in asked]
-        return [float(zlib.crc32(one.continuation.encode())) for one in asked]  # blind to position
+    positions = 2048
 
-    def complete(self, prompts: Sequence[str], config: GenerationConfig) -> list[str]:
-        return [f" {self.favourite}" for _ in prompts]
+    def log_likelihoods(self, asked: Sequence[Asked]) -> list[Scored]:
+        return [Scored(self._score(one.continuation), False) for one in asked]
+
+    def _score(self, text: str) -> float:
+        if len(self.favourite) == 1:
+            return float(text == f" {self.favourite}")
+        return float(zlib.crc32(text.encode()))  # blind to position
+
+    def complete(
+        self, prompts: Sequence[Prompt], config: GenerationConfig, seeds: Sequence[int]
+    ) -> list[Written]:
+        return [Written(f" {self.favourite}", 1, False) for _ in prompts]
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        raise AssertionError
 
 
 def made_questions(n: int, seed: int = 0) -> list[Question]:
@@ -72,15 +75,16 @@ def plain_loop(model: torch.nn.Module, context: list[int], continuation: list[in
 @torch.no_grad()
 def check(model: ModelAnswerer, twin: torch.nn.Module, questions: Sequence[Question]) -> None:
     asked = [
-        Asked(letter_prompt(question), f" {text}")
+        Asked(Prompt(letter_prompt(question)), f" {text}")
         for question in questions
         for text in (*LETTERS[: len(question.options)], *question.options)
     ]
     found = model.log_likelihoods(asked)
     bos = [model.tokenizer.bos_id]
-    for one, value in zip(asked, found, strict=True):
-        context = bos + model.tokenizer.encode(one.context)
-        both = bos + model.tokenizer.encode(one.context + one.continuation)
+    for one, (value, is_shortened) in zip(asked, found, strict=True):
+        assert not is_shortened
+        context = bos + model.tokenizer.encode(one.prompt.text)
+        both = bos + model.tokenizer.encode(one.prompt.text + one.continuation)
         assert both[: len(context)] == context
         assert value == pytest.approx(
             plain_loop(twin, context, both[len(context) :]), abs=1e-4, rel=1e-6
@@ -95,7 +99,6 @@ def test_log_likelihoods_equal_a_plain_loop_on_a_mistral() -> None:
     )
     answerer = ModelAnswerer(ours, CharacterTokenizer(), CPU, micro_tokens=300)
     check(answerer, hugging_face_twin(ours), made_questions(6))
-    assert answerer.shortened == 0
 
 
 def test_log_likelihoods_equal_a_plain_loop_on_real_weights(real_data: Path) -> None:
@@ -109,15 +112,15 @@ def test_log_likelihoods_equal_a_plain_loop_on_real_weights(real_data: Path) -> 
 def test_constant_answers_score_what_counting_says(real_data: Path) -> None:
     questions = read_questions("medmcqa", real_data / "mcq" / "medmcqa_dev.jsonl").questions
     for letter, count in zip("ABCD", (1348, 1085, 925, 825), strict=True):
-        answers = by_letter(Fixed(letter), questions, (), GENERATION)
+        answers = STRATEGIES["letter"].ask(Fixed(letter), questions, Setting())
         found = accuracies(questions, [answer.choice for answer in answers], 0, 0)
         assert found["accuracy"] == count / 4183
         assert found["accuracy_of_constant"][letter] == count / 4183
     assert round(1348 / 4183, 3) == 0.322
 
 
-@pytest.mark.parametrize("strategy", [by_choice, by_normalised_choice])
-def test_shuffled_options_leave_a_position_blind_scorer_as_it_was(strategy) -> None:  # type: ignore[no-untyped-def]
+@pytest.mark.parametrize("strategy", ["choice", "choice-normalised"])
+def test_shuffled_options_leave_a_position_blind_scorer_as_it_was(strategy: StrategyName) -> None:
     rng = np.random.default_rng(1)
     questions = made_questions(200)
     shuffled = [one.reordered(rng.permutation(len(one.options)).tolist()) for one in questions]
@@ -125,7 +128,7 @@ def test_shuffled_options_leave_a_position_blind_scorer_as_it_was(strategy) -> N
         [
             answer.choice == question.answer
             for answer, question in zip(
-                strategy(Fixed("text"), each, (), GENERATION), each, strict=True
+                STRATEGIES[strategy].ask(Fixed("text"), each, Setting()), each, strict=True
             )
         ]
         for each in (questions, shuffled)
@@ -164,28 +167,86 @@ def test_pairs_are_compared() -> None:
         paired_accuracy(rows, others[1:], 0, 0)
 
 
-@pytest.mark.parametrize("prompt", ["letter", "answer"])
-def test_the_command_resumes_and_keeps_text_out(base: Path, tmp_path: Path, prompt: str) -> None:
+def test_letters_are_counted_against_the_right_ones() -> None:
+    pairs = [(0, 0), (0, 1), (1, 1), (2, None), (2, 0), (0, 1)]
+    rows = [{"answer": answer, "choice": choice} for answer, choice in pairs]
+    assert confusion(rows) == {
+        "A": {"A": 1, "B": 2, "C": 0, "none": 0},
+        "B": {"A": 0, "B": 1, "C": 0, "none": 0},
+        "C": {"A": 1, "B": 0, "C": 0, "none": 1},
+    }
+
+
+def medqa(path: Path, n: int) -> Path:
     rows = [
-        {"question": "zebrafinch?", "options": {"A": "one", "B": "two"}, "answer_idx": "AB"[i % 2]}
-        for i in range(40)
+        {
+            "question": f"zebrafinch {i} {'and more ' * (20 * (i % 3))}?",
+            "options": {"A": f"one {i}", "B": f"two {i}", "C": f"three {i}"},
+            "answer_idx": "ABC"[i % 3],
+            "meta_info": f"step{1 + i % 2}",
+        }
+        for i in range(n)
     ]
-    data = tmp_path / "medqa.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    out = tmp_path / "out"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("prompt", STRATEGIES)
+def test_a_killed_command_ends_with_the_same_bytes(
+    base: Path, tmp_path: Path, prompt: StrategyName
+) -> None:
+    data, solved = medqa(tmp_path / "medqa.jsonl", 40), medqa(tmp_path / "solved.jsonl", 34)
+    solved.write_text(solved.read_text().replace("zebrafinch", "zebrafinch too"))
+    out, strategy = tmp_path / "out", STRATEGIES[prompt]
     words = ["--model", str(base), "--out", str(out), "--mcq", "medqa", "--data", str(data)]
     words += ["--prompt", prompt, "--device", "cpu", "--bootstrap", "50"]
+    words += ["--max-new-tokens", "4"] if strategy.max_new_tokens else []
+    words += ["--votes", "2"] if strategy.votes else []
+    words += ["--shots", "2", "--shots-data", str(solved)] if strategy.takes_shots else []
+    words += ["--rationales", "1"] if strategy.finds_nearest else []
     assert command.main(words) == 0
-    (folder,) = (out / "eval").iterdir()
-    answers, results = folder / "answers.jsonl", folder / "results.json"
-    whole, told = answers.read_bytes(), results.read_bytes()
-    assert b"zebrafinch" not in whole + told
-    assert json.loads(told)["n"] == 40
-    answers.write_bytes(whole[: len(whole) - 7])  # killed while it wrote
-    assert command.main(words) == 0
-    again = [json.loads(line) for line in answers.read_text().splitlines()]
-    before = [json.loads(line) for line in whole.splitlines()]
-    for one, other in zip(again[1:], before[1:], strict=True):
-        assert (one["id"], one["choice"]) == (other["id"], other["choice"])
+    (answers,) = (out / "eval").glob("*/answers.jsonl")
+    folder, lines = answers.parent, answers.read_bytes()
+    written = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    told = json.loads(written[folder / "results.json"])
+    assert b"zebrafinch" not in b"".join(written.values())
+    assert (told["n"], told["strategy_version"]) == (40, strategy.version)
+    assert told["texts_asked"] >= 40
+    assert told["shortened_prompts"] > 0
+    header = json.loads(lines.splitlines()[0])
+    assert (header["strategy"], header["version"]) == (prompt, strategy.version)
+    edges = np.cumsum([len(line) for line in lines.splitlines(keepends=True)]).tolist()
+    # In the header, in the first chunk, between chunks, in the second, before the results.
+    killed_at = [9, edges[7] + 3, edges[32], edges[38] + 1, len(lines)]
+    for size in killed_at if prompt == "letter" else [edges[35] + 3]:
+        answers.write_bytes(lines[:size])
+        (folder / "results.json").unlink()
+        assert command.main(words) == 0
+        assert {path: path.read_bytes() for path in written} == written
+    for rationales in out.glob("eval/*/rationales.jsonl"):
+        whole = rationales.read_bytes()
+        rationales.write_bytes(whole[: len(whole) - 7])
+        answers.unlink()
+        assert command.main(words) == 0
+        assert {path: path.read_bytes() for path in written} == written
     assert command.main([*words, "--compare", str(folder)]) == 0
-    assert json.loads(results.read_text())["comparison"]["difference"] == 0
+    compared = json.loads((folder / "results.json").read_text())["comparison"]
+    assert (compared["difference"], compared["p"], compared["strategy"]) == (0, 1.0, prompt)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--prompt", "letter", "--votes", "3"], "--votes means nothing to --prompt letter"),
+        (["--prompt", "answer", "--temperature", "1"], "choose one of self-consistency"),
+        (["--prompt", "shuffle", "--rationales", "2"], "choose one of nearest, medprompt"),
+        (["--prompt", "medprompt"], "published: --shots 5"),
+        (["--prompt", "medalpaca", "--shots", "1", "--shots-data", "x"], "--shots means nothing"),
+        (["--prompt", "self-consistency", "--votes", "0"], "--votes must be at least 1, got 0"),
+        (["--prompt", "self-consistency", "--temperature", "inf"], "at least 0, got inf"),
+    ],
+)
+def test_what_a_strategy_has_no_use_for_is_refused(words: list[str], told: str) -> None:
+    asked = ["--mcq", "medqa", "--data", "x", "--model", "x", "--out", "x", *words]
+    with pytest.raises(ValueError, match=told):
+        command.read_command(asked)
