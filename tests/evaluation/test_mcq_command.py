@@ -14,7 +14,8 @@ from torch import Tensor
 import eval as command
 from data.questions import LETTERS, Question
 from data.tokenizer import load_tokenizer
-from evaluation.questions import Asked, ModelAnswerer, choice_prompt, letter_prompt
+from evaluation.answering import Asked, ModelAnswerer, Prompt
+from evaluation.prompting import choice_prompt, letter_prompt
 from model.checkpoint import load_causal_lm
 from model.linear import Linear
 from tests.data.conftest import WORDS
@@ -116,7 +117,7 @@ def test_few_shots_on_an_instruct_run_answer_what_plain_sums_say(
     expected = []
     for one in questions:
         sums = [
-            answerer.log_likelihoods([Asked(front + say(one), answer)])[0]
+            answerer.log_likelihoods([Asked(Prompt(front + say(one)), answer)])[0].log_likelihood
             for answer in answers(one)
         ]
         expected.append(max(range(len(sums)), key=sums.__getitem__))
@@ -191,6 +192,11 @@ def test_instruct_stands_on_clinical_and_downstream_on_instruct(
     assert restore(run(more), CPU).record["adapters"] == ["instruct"]
 
 
+def scores(answerer: ModelAnswerer, question: Question, letters: str) -> list[float]:
+    asked = [Asked(Prompt(letter_prompt(question)), f" {letter}") for letter in letters]
+    return [found.log_likelihood for found in answerer.log_likelihoods(asked)]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_a_bare_base_is_held_as_asked(dtype: str, base: Path, ask: Ask, tmp_path: Path) -> None:
     """Its log-likelihoods are those of a base that is loaded so; other answers are not reused."""
@@ -208,10 +214,10 @@ def test_a_bare_base_is_held_as_asked(dtype: str, base: Path, ask: Ask, tmp_path
     answerer = ModelAnswerer(model, load_tokenizer(base), CPU, 4096)
     lines = (results["folder"] / "answers.jsonl").read_text().splitlines()[1:]
     for one, line in zip(questions, map(json.loads, lines), strict=True):
-        asked = [Asked(letter_prompt(one), f" {letter}") for letter in LETTERS[: len(one.options)]]
-        assert line["scores"] == pytest.approx(answerer.log_likelihoods(asked), rel=1e-2)
+        letters = LETTERS[: len(one.options)]
+        assert line["scores"] == pytest.approx(scores(answerer, one, letters), rel=1e-2)
     plain = ModelAnswerer(load_causal_lm(base), load_tokenizer(base), CPU, 4096)
-    full = [plain.log_likelihoods([Asked(letter_prompt(one), " A")])[0] for one in questions]
+    full = [scores(plain, one, "A")[0] for one in questions]
     found = [json.loads(line)["scores"][0] for line in lines]
     assert (found == pytest.approx(full, rel=1e-6)) == (dtype == "float32")
 
