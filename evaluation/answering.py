@@ -58,9 +58,16 @@ class Answerer(Protocol):
         ...
 
     def complete(
-        self, prompts: Sequence[Prompt], config: GenerationConfig, seeds: Sequence[int]
+        self,
+        prompts: Sequence[Prompt],
+        config: GenerationConfig,
+        seeds: Sequence[int],
+        end: str = "",
     ) -> list[Written]:
-        """What the model writes after each prompt, each drawn with its own seed."""
+        """What the model writes after each prompt, each drawn with its own seed.
+
+        end: a text after which nothing is read, so nothing more has to be written.
+        """
         ...
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -115,7 +122,11 @@ class ModelAnswerer:
         return [Scored(*found) for found in zip(totals, is_shortened, strict=True)]
 
     def complete(
-        self, prompts: Sequence[Prompt], config: GenerationConfig, seeds: Sequence[int]
+        self,
+        prompts: Sequence[Prompt],
+        config: GenerationConfig,
+        seeds: Sequence[int],
+        end: str = "",
     ) -> list[Written]:
         room = self.positions - config.max_new_tokens
         if room < 1:
@@ -130,17 +141,20 @@ class ModelAnswerer:
         # Prompts of nearly one length together: a cache is as wide as its longest.
         order = sorted(range(len(prompts)), key=lambda i: len(ids_of[i]))
         lengths = [len(ids_of[i]) + config.max_new_tokens for i in order]
+
+        def has_ended(new: Sequence[int]) -> bool:
+            # A token is a byte at least, and the first one decoded may be part of a letter.
+            return end in self._text(new[-len(end.encode()) - 4 :])
+
         written: dict[int, Written] = {}
         for first, last in _micro_batches(lengths, self.cache_tokens):
             chosen = order[first:last]
             given, drawn = [ids_of[i] for i in chosen], [seeds[i] for i in chosen]
-            new = generate(self.model, given, config, seeds=drawn)
+            new = generate(
+                self.model, given, config, seeds=drawn, has_ended=has_ended if end else None
+            )
             for i, ids in zip(chosen, new, strict=True):
-                # A base's matrix may have rows beyond the tokenizer's last id: they are no text.
-                text = self.tokenizer.decode(
-                    [id for id in ids if id != stop and id < self.tokenizer.vocab_size]
-                )
-                written[i] = Written(text, len(ids), fitted[i][2])
+                written[i] = Written(self._text(ids), len(ids), fitted[i][2])
         return [written[i] for i in range(len(prompts))]
 
     @torch.inference_mode()
@@ -158,6 +172,11 @@ class ModelAnswerer:
                 part: Tensor = hidden_MD[min(begin + front, end - 1) : end]
                 found[i] = part.float().mean(0).cpu().numpy()
         return found
+
+    def _text(self, ids: Sequence[int]) -> str:
+        # A base's matrix may have rows beyond the tokenizer's last id: they are no text.
+        known, eos = self.tokenizer.vocab_size, self.tokenizer.eos_id
+        return self.tokenizer.decode([id for id in ids if id != eos and id < known])
 
     def _begun(self, text: str) -> list[int]:
         bos = self.tokenizer.bos_id

@@ -20,6 +20,7 @@ from data.questions import Question
 from evaluation.answering import Answerer, Prompt
 from evaluation.journal import CHUNK, Row, digest_of, worked_through
 from evaluation.prompting import (
+    NEXT_REASONED,
     SOLVED_SHOTS,
     Rationale,
     answer_of_its_own,
@@ -103,7 +104,7 @@ def gather_demonstrations(
             for question, repeat, shown, _ in asked
         ]
         kept: dict[str, list[Row]] = {solved[i].id: [] for i in chunk}
-        told = write_until_read(model, tasks, parse_reasoned, tries, seed)
+        told = write_until_read(model, tasks, parse_reasoned, tries, seed, NEXT_REASONED)
         for (question, _, shown, order), one in zip(asked, told, strict=True):
             if one.choice == shown.answer:
                 row = {"order": order, "text": answer_of_its_own(one.text)}

@@ -16,8 +16,8 @@ from typing import NamedTuple
 from data.prompts import PROMPTS, Turn, render
 from data.questions import LETTERS, Question
 
-# Where a model has begun a question of its own.
-_NEXT_QUESTION = "## Question"
+# Where a model begins a question of its own, after reasons and after a chain of thought.
+NEXT_REASONED, NEXT_STEPS = "## Question", "\nQuestion:"
 _MEDALPACA = PROMPTS["medalpaca-question"]
 _MEDALPACA_LEAD = "The Answer to the question is:"
 
@@ -41,7 +41,7 @@ def reasoned_prompt(question: Question) -> str:
     """The question with its options, up to the reasons for an answer."""
     context = f"{question.context}\n\n" if question.context else ""
     listed = _listed(question, ". ")
-    return f"{_NEXT_QUESTION}\n{context}{question.stem}\n\n{listed}\n\n## Answer\n"
+    return f"{NEXT_REASONED}\n{context}{question.stem}\n\n{listed}\n\n## Answer\n"
 
 
 def medalpaca_prompt(question: Question) -> str:
@@ -156,7 +156,7 @@ def parse_steps(text: str, options: Sequence[str]) -> int | None:
     Where no letter stands there, the only option whose whole text does. What the model wrote from
     a next "Question:" on is not read.
     """
-    parts = re.split(r"answer is", text.split("\nQuestion:")[0], flags=re.IGNORECASE)
+    parts = re.split(r"answer is", text.split(NEXT_STEPS)[0], flags=re.IGNORECASE)
     if len(parts) < 2:
         return None
     letters = LETTERS[: len(options)]
@@ -175,7 +175,7 @@ def parse_reasoned(text: str, options: Sequence[str]) -> int | None:
 
 def answer_of_its_own(text: str) -> str:
     """What was written before the model began a next question."""
-    return text.split(_NEXT_QUESTION)[0].strip()
+    return text.split(NEXT_REASONED)[0].strip()
 
 
 def parse_medalpaca(text: str, _: Sequence[str]) -> int | None:

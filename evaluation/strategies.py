@@ -26,6 +26,8 @@ from data.questions import LETTERS, Question
 from evaluation.answering import Answerer, Asked, Prompt
 from evaluation.demonstrations import Demonstrations
 from evaluation.prompting import (
+    NEXT_REASONED,
+    NEXT_STEPS,
     SOLVED_SHOTS,
     choice_prompt,
     letter_prompt,
@@ -177,7 +179,7 @@ def by_steps(model: Answerer, questions: Sequence[Question], setting: Setting) -
     config = GenerationConfig(
         max_new_tokens=setting.max_new_tokens, temperature=setting.temperature
     )
-    told = write_until_read(model, tasks, parse_steps, [config], setting.seed)
+    told = write_until_read(model, tasks, parse_steps, [config], setting.seed, NEXT_STEPS)
     return [_answer(votes) for votes in _grouped(told, setting.votes)]
 
 
@@ -236,7 +238,7 @@ def by_reasoning(
             drawn.append(order)
     first = GenerationConfig(max_new_tokens=setting.max_new_tokens)
     tries = reasoning_tries(first, REASONING_TRIES, model.positions)
-    told = write_until_read(model, tasks, parse_reasoned, tries, setting.seed)
+    told = write_until_read(model, tasks, parse_reasoned, tries, setting.seed, NEXT_REASONED)
     mapped = [
         one if one.choice is None else one._replace(choice=order[one.choice])
         for one, order in zip(told, drawn, strict=True)

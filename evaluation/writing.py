@@ -53,17 +53,19 @@ def write_until_read(
     parse: Callable[[str, Sequence[str]], int | None],
     tries: Sequence[GenerationConfig],
     seed: int,
+    end: str = "",
 ) -> list[Told]:
     """Let the model write for each task, and again for those whose text could not be read.
 
-    tries: how each try is written; as many as there are at most.
+    tries: how each try is written; as many as there are at most. end: a text after which nothing is
+    read.
     """
     found = [Told(None, "", 0, 0, 0) for _ in tasks]
     waiting = list(range(len(tasks)))
     for number, config in enumerate(tries):
         prompts = [tasks[i].prompt(number) for i in waiting]
         seeds = [seed_of(seed, *tasks[i].drawn, number) for i in waiting]
-        for i, written in zip(waiting, model.complete(prompts, config, seeds), strict=True):
+        for i, written in zip(waiting, model.complete(prompts, config, seeds, end), strict=True):
             found[i] = Told(
                 parse(written.text, tasks[i].options),
                 written.text,

@@ -5,7 +5,7 @@ the model, its prompt, the settings and its own seed; which other prompts run be
 whether keys and values are cached or computed again, does not matter.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,19 +50,21 @@ def generate(
     *,
     seed: int = 0,
     seeds: Sequence[int] | None = None,
+    has_ended: Callable[[Sequence[int]], bool] | None = None,
     use_cache: bool = True,
 ) -> list[list[int]]:
-    """The new tokens of each prompt, all prompts together.
+    """The new tokens of each prompt, all prompts together; equal prompts are read once.
 
     Args:
         prompts: token ids, BOS included where the model expects one; of any lengths.
         seed: prompt i draws with the seed `seed + i`,
         seeds: or with one of its own.
+        has_ended: whether a sequence ends here, by its new tokens so far.
         use_cache: False computes every token again at each step, which is slow and the same.
     """
     sequences = [list(prompt) for prompt in prompts]
     seeds = range(seed, seed + len(prompts)) if seeds is None else seeds
-    for _ in _steps(model, sequences, config, seeds, use_cache):
+    for _ in _steps(model, sequences, config, seeds, has_ended, use_cache):
         pass
     return [sequence[len(prompt) :] for sequence, prompt in zip(sequences, prompts, strict=True)]
 
@@ -72,7 +74,7 @@ def stream(
 ) -> Iterator[int]:
     """The tokens that `generate` gives of one prompt, each as soon as it is chosen."""
     sequence = list(prompt)
-    for _ in _steps(model, [sequence], config, [seed], use_cache=True):
+    for _ in _steps(model, [sequence], config, [seed]):
         yield sequence[-1]
 
 
@@ -82,23 +84,28 @@ def _steps(
     sequences: list[list[int]],
     config: GenerationConfig,
     seeds: Sequence[int],
-    use_cache: bool,
+    has_ended: Callable[[Sequence[int]], bool] | None = None,
+    use_cache: bool = True,
 ) -> Iterator[None]:
     """Lengthen every running sequence, which begins as its prompt, by one token at each step."""
     _check_prompts(model, sequences, config)
     weight = model.model.embed_tokens.weight
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     assert len(generators) == len(sequences)
-    cache = None
+    begins = [len(sequence) for sequence in sequences]
+    running = list(range(len(sequences)))
+    pieces: list[Sequence[int]] = list(sequences)  # what the network has not seen yet
+    cache, rows = None, running
     if use_cache and sequences:
+        distinct = {tuple(sequence): None for sequence in sequences}
+        places = {prompt: place for place, prompt in enumerate(distinct)}
+        rows, pieces = [places[tuple(sequence)] for sequence in sequences], list(distinct)
         capacity = _places_in_front(model) + max(map(len, sequences)) + config.max_new_tokens
         cache = KVCache(
-            model.config, len(sequences), capacity, dtype=weight.dtype, device=weight.device
+            model.config, len(pieces), capacity, dtype=weight.dtype, device=weight.device
         )
     plan = None if cache is None else Plan.of(model.model, cache.capacity)
-    running = list(range(len(sequences)))
     stop_ids = set(config.stop_ids)
-    pieces = [sequences[i] for i in running]  # what the network has not seen yet
     for _ in range(config.max_new_tokens):
         if not running:
             break
@@ -106,6 +113,10 @@ def _steps(
             batch = _joined(pieces).to(weight.device)
             hidden_MD = model.model(batch, cache=cache)
             last_nD = hidden_MD[batch.segments.cu_seqlens[1:] - 1]
+            if len(pieces) < len(running):  # a row for each of equal prompts
+                assert cache is not None
+                last_nD = last_nD[rows]
+                cache.keep(rows)
         else:
             last_nD = plan.step([token for (token,) in pieces], cache)
         logits_nV = _adjusted(model.head_logits(last_nD), [sequences[i] for i in running], config)
@@ -113,7 +124,12 @@ def _steps(
         for i, token in zip(running, tokens, strict=True):
             sequences[i].append(token)
         yield
-        rows = [row for row, token in enumerate(tokens) if token not in stop_ids]
+        rows = [
+            row
+            for row, (i, token) in enumerate(zip(running, tokens, strict=True))
+            if token not in stop_ids
+            and not (has_ended is not None and has_ended(sequences[i][begins[i] :]))
+        ]
         if cache is not None and len(rows) < len(running):
             cache.keep(rows)
         running = [running[row] for row in rows]

@@ -43,7 +43,11 @@ class Fixed:
         return float(zlib.crc32(text.encode()))  # blind to position
 
     def complete(
-        self, prompts: Sequence[Prompt], config: GenerationConfig, seeds: Sequence[int]
+        self,
+        prompts: Sequence[Prompt],
+        config: GenerationConfig,
+        seeds: Sequence[int],
+        end: str = "",
     ) -> list[Written]:
         return [Written(f" {self.favourite}", 1, False) for _ in prompts]
 

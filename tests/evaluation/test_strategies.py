@@ -52,7 +52,11 @@ class Scripted:
         raise AssertionError
 
     def complete(
-        self, prompts: Sequence[Prompt], config: GenerationConfig, seeds: Sequence[int]
+        self,
+        prompts: Sequence[Prompt],
+        config: GenerationConfig,
+        seeds: Sequence[int],
+        end: str = "",
     ) -> list[Written]:
         self.prompts += prompts
         self.configs += [config] * len(prompts)
@@ -439,3 +443,19 @@ def test_nearest_without_rationales_shows_the_fixed_ones() -> None:
     setting = Setting(demonstrations=Demonstrations((), (), np.zeros((0, 1), np.float32), {}))
     STRATEGIES["nearest"].ask(model, [question()], setting)
     assert model.prompts[0] == Prompt(reasoned_prompt(question()), SOLVED_SHOTS)
+
+
+def test_writing_stops_where_nothing_more_is_read(base: Path) -> None:
+    tokenizer = load_tokenizer(base)
+    answerer = ModelAnswerer(load_causal_lm(base), tokenizer, CPU, micro_tokens=4096)
+    config = GenerationConfig(max_new_tokens=40, temperature=1.0)
+    prompts, seeds = [Prompt("the patient"), Prompt("chest"), Prompt("the patient")], [3, 4, 5]
+    whole = answerer.complete(prompts, config, seeds)
+    end = whole[0].text[20:23]
+    short = answerer.complete(prompts, config, seeds, end)
+    for one, other in zip(whole, short, strict=True):
+        cut = one.text.split(end)[0]
+        assert other.text.split(end)[0] == cut
+        assert (other.new_tokens < one.new_tokens) == (cut != one.text)
+    assert short[0].text.endswith(end)
+    assert short[0].new_tokens < 40

@@ -4,9 +4,11 @@ import copy
 import dataclasses
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
@@ -18,6 +20,7 @@ from transformers import (
 from lora.attach import adapter_parameters, attach
 from lora.config import LoraConfig
 from model import decoding
+from model.batch import TokenBatch
 from model.cache import KVCache
 from model.checkpoint import load_causal_lm
 from model.config import DecoderConfig
@@ -305,3 +308,21 @@ def test_a_stream_is_what_generation_gives_token_by_token(
     assert list(tokens) == whole[4:]
     stopped = dataclasses.replace(config, stop_ids=(whole[5],))
     assert list(stream(model, PROMPTS[2], stopped, seed=3)) == whole[: whole.index(whole[5]) + 1]
+
+
+def test_equal_prompts_are_read_once_and_go_their_own_ways(
+    model: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[0]]
+    alone = [generate(model, [p], SAMPLED, seed=i)[0] for i, p in enumerate(prompts)]
+    read: list[int] = []
+    forward = model.model.forward
+
+    def counted(batch: TokenBatch, **more: Any) -> Tensor:
+        read.append(len(batch.input_ids))
+        return forward(batch, **more)
+
+    monkeypatch.setattr(model.model, "forward", counted)
+    assert generate(model, prompts, SAMPLED, seeds=[0, 1, 2, 3]) == alone
+    assert read == [len(PROMPTS[0]) + len(PROMPTS[1])]
+    assert len({tuple(alone[i]) for i in (0, 2, 3)}) == 3
