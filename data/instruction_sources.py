@@ -342,7 +342,7 @@ def _xml_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     Nothing is fetched, and a document type, by which a small file can unfold to a huge one or name
     other files, is refused.
     """
-    parser = expat.ParserCreate()
+    parser = expat.ParserCreate("UTF-8")  # whatever the file says of itself
     found: list[tuple[int, dict[str, str]]] = []
 
     def begin(name: str, attributes: dict[str, str]) -> None:

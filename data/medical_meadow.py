@@ -93,12 +93,12 @@ def mix(
     told: list[dict[str, Any]] = []
     for request in requests:
         rows, counts = _sample(request, seed, bad_rows, tests, keep_overlap, taken, say)
-        taken.update(_digest("row", row) for row in rows)
+        taken.update(map(_digest, rows))
         kept += rows
         told.append(_describe(request, counts, len(rows)))
     if not kept:
         raise ValueError("no row is left of the sources; the manifest was not written")
-    kept.sort(key=lambda row: _digest(f"order {seed}", row))
+    kept.sort(key=lambda row: _drawn("order", seed, _digest(row)))
     return Mixed(kept, told)
 
 
@@ -140,7 +140,7 @@ def _sample(
             dropped[record.reason] += 1
             continue
         usable += 1
-        digest = _digest("row", record.row)
+        digest = _digest(record.row)
         if digest in seen or digest in taken:
             dropped[DUPLICATE] += 1
             continue
@@ -150,7 +150,7 @@ def _sample(
             if not keep_overlap:
                 dropped[OVERLAP] += 1
                 continue
-        place = -int.from_bytes(_digest(f"sample {seed}", record.row))
+        place = -_drawn("sample", seed, digest)
         if cap is None or len(chosen) < cap:
             heapq.heappush(chosen, (place, record.row))
         else:
@@ -160,9 +160,14 @@ def _sample(
     return [row for _, row in chosen], counts
 
 
-def _digest(purpose: str, row: Instruction) -> bytes:
-    """Sixteen bytes by which a row is known, drawn or placed."""
-    return hashlib.sha256(json.dumps([purpose, *row]).encode()).digest()[:16]
+def _digest(row: Instruction) -> bytes:
+    """Sixteen bytes by which a row is known."""
+    return hashlib.sha256(json.dumps(row).encode()).digest()[:16]
+
+
+def _drawn(purpose: str, seed: int, digest: bytes) -> int:
+    """A random number of a row: by one the sample is taken, by another the rows are ordered."""
+    return int.from_bytes(hashlib.sha256(f"{purpose} {seed} ".encode() + digest).digest()[:8])
 
 
 def _describe(request: Request, counts: Counts, kept: int) -> dict[str, Any]:
@@ -233,6 +238,8 @@ def main(arguments: Sequence[str]) -> int:
         if given.keep_overlap and not given.test_sets:
             raise ValueError("--keep-overlap has no effect without --test-sets")
         requests = [read_request(text) for text in given.sources]
+        if given.out.resolve() in {request.path.resolve() for request in requests}:
+            raise ValueError(f"--out {given.out} is one of the sources; name another file")
         sets = [read_test_set(text, given.bad_rows) for text in given.test_sets]
         tests = TestQuestions(sets) if sets else None
         mixed = mix(

@@ -474,6 +474,24 @@ def test_mistakes_are_one_line(
     assert message in refused(capfd, "--out", tmp_path / "x.json", *words)
 
 
+def test_a_source_is_not_written_over(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = write_lines(tmp_path / "rows.json", [card(0)])
+    before = path.read_bytes()
+    assert "is one of the sources" in refused(
+        capfd, "--out", tmp_path / "." / "rows.json", f"rows={path}"
+    )
+    assert path.read_bytes() == before
+
+
+def test_posts_are_utf8_whatever_they_say(tmp_path: Path) -> None:
+    path = write_posts(
+        tmp_path / "Posts.xml", post(1, 1, 1, "é", Title="Q"), post(2, 2, 9, "ü", ParentId=1)
+    )
+    text = path.read_text(encoding="utf-8").replace('encoding="utf-8"', 'encoding="latin-1"')
+    path.write_text(text, encoding="utf-8")
+    assert read("stackexchange-fitness", path)[0] == [("Answer this question", "Q\n\né", "ü")]
+
+
 def test_a_colon_may_be_part_of_a_path() -> None:
     assert read_request("rows=a:b.json").path == Path("a:b.json")
     assert read_request("wikidoc=a:b.json:7")[1:] == (Path("a:b.json"), 7)
