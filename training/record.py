@@ -25,6 +25,7 @@ from training.parallel import Ranks
 from training.run_folder import FORMAT
 
 _PACKAGES = ("torch", "triton", "numpy", "safetensors", "sentencepiece", "tokenizers", "duckdb")
+_STATUS, _CLEAR_PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")  # Linux
 # Settings that a resumed run may change. They say where things lie, which the fingerprints check by
 # content instead, and what is kept.
 _FREE_ON_RESUME = {
@@ -61,6 +62,7 @@ def make_record(
         "parameters": {"trainable": trainable, "all": total},
         "total_steps": total_steps,
         "epoch_tokens": epoch_tokens,
+        "peak_memory": 0,  # bytes, known at the end
     }
 
 
@@ -118,6 +120,26 @@ def _differences(
             yield from _differences(old, new, f"{flag}.")
         elif old != new:
             yield flag, old, new
+
+
+def begin_peak(device: torch.device) -> None:
+    """Forget the highest memory use so far, so that `peak_memory` is of what comes."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _CLEAR_PEAK.exists():
+        with contextlib.suppress(OSError):  # where it may not be written the process's peak stays
+            _CLEAR_PEAK.write_text("5")
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes held at once: of a GPU by torch's tensors there, else by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if _STATUS.exists():  # getrusage would also count the process that this one came from
+        line = next(x for x in _STATUS.read_text().splitlines() if x.startswith("VmHWM"))
+        return 1024 * int(line.split()[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else 1024 * peak
 
 
 def _environment(ranks: Ranks) -> dict[str, Any]:

@@ -47,7 +47,7 @@ from training.loop import Loop, steps_between_validations
 from training.objective import Classification, LanguageModelling, balanced_class_weights
 from training.parallel import Ranks, held_parameters, shard, start, stop
 from training.progress import Progress
-from training.record import check_same_run, identity, make_record
+from training.record import begin_peak, check_same_run, identity, make_record, peak_memory
 from training.run_folder import (
     HEAD_FILE,
     RUN_FILE,
@@ -94,6 +94,7 @@ def _run(
     overwrite: bool,
 ) -> Path:
     out = Path(config.out)
+    begin_peak(ranks.device)
     if ranks.is_first:
         check_out(out, resume=resume, overwrite=overwrite)
     config = resolve(config, ranks.device)
@@ -155,6 +156,8 @@ def _run(
                 progress.say(f"resumed after step {loop.position.step} of {total_steps}")
             loop.run(progress, is_asked_to_stop)
 
+            peak = peak_memory(ranks.device)  # of the steps, and of what stands before them
+
             # Files. The best validation's weights, or with --keep last the last step's.
             kept_step = loop.load_kept()
             if ranks.is_first:
@@ -167,7 +170,12 @@ def _run(
                     "tokens": loop.position.tokens,
                 }
                 files = describe_files(out, weight_files(out))
-                ending = {"kept": kept, "files": files, "finished": True}
+                ending = {
+                    "kept": kept,
+                    "peak_memory": max(peak, record["peak_memory"]),
+                    "files": files,
+                    "finished": True,
+                }
                 write_sealed_json(out / RUN_FILE, {**record, **ending})
                 if loop.is_out_of_patience:
                     progress.say(
@@ -207,7 +215,7 @@ def _owned_folder(
         if resume:
             saved = read_record(out)
             check_same_run(saved, record)
-            record["began"] = saved["began"]
+            record |= {"began": saved["began"], "peak_memory": saved.get("peak_memory", 0)}
             sweep(out / "checkpoints")
         write_sealed_json(out / RUN_FILE, record)
         ranks.wait()

@@ -167,6 +167,28 @@ def test_resuming_a_finished_run_changes_nothing(make_config: MakeConfig) -> Non
     assert weights_and_states(run(config, resume=True)) == before
 
 
+def test_the_peak_of_memory_is_that_of_the_run_alone(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the process held before is not in it; what a step held for a moment is."""
+    moment = 400 << 20
+    np.ones(moment, np.uint8)
+    config = make_config("clinical", steps=2)
+    low = read_json(run(config) / "run.json")["peak_memory"]
+    step = training.loop.optimiser_step
+
+    def greedy(*args: Any, **kwargs: Any) -> Any:
+        np.ones(moment, np.uint8)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(training.loop, "optimiser_step", greedy)
+    high = read_json(run(config, overwrite=True) / "run.json")["peak_memory"]
+    assert 0.8 * moment < high - low < 1.2 * moment
+    monkeypatch.undo()
+    # Taking no step, a finished run that is resumed keeps what it was.
+    assert read_json(run(config, resume=True) / "run.json")["peak_memory"] >= high
+
+
 @pytest.mark.parametrize("freeze", [True, False])
 def test_the_init_adapter_trains_unless_it_is_frozen(make_config: MakeConfig, freeze: bool) -> None:
     first = run(make_config("clinical"))
