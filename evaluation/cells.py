@@ -6,13 +6,18 @@ folder that holds a run of other settings is refused, never taken for the one th
 """
 
 import dataclasses
+import json
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from data.questions import read_questions
 from evaluation.metrics import headline_metrics
+from evaluation.questions import QuestionConfig, score_questions
 from evaluation.score import ScoreConfig, score_run
-from model.files import read_json
+from model.checkpoint import base_fingerprint
+from model.files import read_json, write_json
 from training.assemble import resolve
 from training.checkpoint import saved_steps
 from training.config import RunConfig, to_dict
@@ -54,6 +59,67 @@ def scores_of(config: RunConfig, scoring: ScoreConfig) -> Mapping[str, Any]:
         score_run(dataclasses.replace(scoring, run=config.out))
     found: Mapping[str, Any] = read_json(results)
     return found
+
+
+def answers_of(asked: QuestionConfig, kept: Path) -> Mapping[str, Any]:
+    """The results of questions put to a run or a base; asked once, and then read from `kept`.
+
+    They are asked again where model, questions or the way to ask are others than those of `kept`.
+    """
+    how = dataclasses.asdict(asked)
+    for name in ("device", "micro_tokens"):
+        del how[name]
+    stamp = {"asked": how, "model": _model_stamp(asked), "questions": _questions_stamp(asked)}
+    if kept.is_file():
+        found = read_json(kept)
+        if isinstance(found, dict) and {**found, **stamp} == found:
+            return cast(Mapping[str, Any], found["results"])
+    results = score_questions(asked)
+    kept.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_json(kept, {**stamp, "results": results})
+    return results
+
+
+def _model_stamp(asked: QuestionConfig) -> Any:
+    if asked.run is None:
+        return base_fingerprint(Path(asked.model or ""))
+    record = read_record(Path(asked.run))
+    return {name: record[name] for name in ("fingerprints", "files")}
+
+
+def _questions_stamp(asked: QuestionConfig) -> list[str]:
+    paths = [path for path in (asked.data, asked.shots_data) if path is not None]
+    return [
+        read_questions(
+            asked.mcq, path, bad_rows=asked.bad_rows, answers_from=asked.answers_from
+        ).fingerprint
+        for path in paths
+    ]
+
+
+def steps_of(out: Path) -> list[dict[str, Any]]:
+    """The lines of the run's steps in metrics.jsonl."""
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [line for line in map(json.loads, lines) if "loss" in line]
+
+
+def seconds_per_epoch(record: Mapping[str, Any], out: Path) -> float | None:
+    """A pass over the training data at the median speed of the steps; None where none is known."""
+    speeds = [s["tokens_per_second"] for s in steps_of(out) if s.get("tokens_per_second")]
+    return record["epoch_tokens"] / statistics.median(speeds) if speeds else None
+
+
+def footprint(config: RunConfig) -> dict[str, Any]:
+    """What a finished run trained, and what it took: bytes at its peak, seconds an epoch."""
+    out = Path(config.out)
+    record = read_record(out)
+    return {
+        "trainable": record["parameters"]["trainable"],
+        "peak_memory": record.get("peak_memory") or None,
+        "seconds_per_epoch": seconds_per_epoch(record, out),
+        "device": record["environment"]["device"],
+        "train_rows": record["counts"]["train_notes"],
+    }
 
 
 def _check_settings(record: Mapping[str, Any], config: RunConfig) -> None:

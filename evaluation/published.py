@@ -1,7 +1,9 @@
-"""Figures of Clinical LLaMA-LoRA (arXiv 2307.03042, first two versions), to be printed beside ours.
+"""Published figures, to be printed beside ours. The invariant: nothing computes with these.
 
-AUROC in percent, of notes cut at 128 tokens. The paper's macro averages are not its rows' means in
-two rows; here the mean is always computed from the row. The invariant: nothing computes with these.
+Clinical LLaMA-LoRA (arXiv 2307.03042, first two versions): AUROC in percent, of notes cut at 128
+tokens. The paper's macro averages are not its rows' means in two rows; here the mean is always
+computed from the row. MedAlpaca: the tables of the repository kbressem/medAlpaca. Of the M42 study
+(arXiv 2409.14988) no figure of a benchmark is known here, so there is none.
 """
 
 from collections.abc import Mapping
@@ -53,4 +55,34 @@ OUTCOMES: Mapping[tuple[str, str], tuple[float, float, float, float, float]] = {
     ("pmc-llama", "frozen+downstream"): (50.90, 67.00, 58.31, 60.50, 64.42),
     ("pmc-llama", "trainable"): (52.88, 75.86, 65.89, 79.66, 86.85),
     ("pmc-llama", "trainable+downstream"): (52.21, 76.54, 68.42, 78.67, 87.08),
+}
+
+# MedAlpaca ----------------------------------------------------------------------------------------
+
+# (base, row): zero-shot accuracy of USMLE self-assessment steps 1, 2 and 3. An answer is drawn up
+# to five times until it can be read. How many questions were scored is not stated and differs
+# between rows.
+USMLE: Mapping[tuple[str, str], tuple[float, float, float]] = {
+    ("llama-7b", "base"): (0.198, 0.202, 0.203),
+    ("llama-7b", "full"): (0.297, 0.312, 0.398),
+    ("llama-7b", "lora"): (0.231, 0.202, 0.179),
+    ("llama-7b", "lora-8bit"): (0.231, 0.241, 0.211),
+    ("llama-13b", "base"): (0.222, 0.248, 0.276),
+    ("llama-13b", "full"): (0.473, 0.477, 0.602),
+    ("llama-13b", "lora"): (0.250, 0.255, 0.255),
+    ("llama-13b", "lora-8bit"): (0.189, 0.303, 0.289),
+    ("llama-30b", "lora-8bit"): (0.315, 0.327, 0.361),
+}
+# The same of models that are no cell of the study.
+USMLE_OTHERS: Mapping[str, tuple[float, float, float]] = {
+    "Alpaca 7B": (0.275, 0.266, 0.293),
+    "Alpaca 7B, LoRA": (0.220, 0.138, 0.252),
+    "ChatDoctor": (0.187, 0.185, 0.148),
+    "Alpaca 13B": (0.319, 0.312, 0.301),
+}
+# (base, row): GB of GPU memory, and seconds an epoch over about 6,000 rows on one GPU.
+FOOTPRINT: Mapping[tuple[str, str], tuple[float, int]] = {
+    ("llama-7b", "full"): (79.5, 35 * 60 + 30),
+    ("llama-7b", "lora"): (18.8, 14 * 60 + 30),
+    ("llama-7b", "lora-8bit"): (8.9, 77 * 60 + 30),
 }

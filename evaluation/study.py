@@ -14,9 +14,7 @@ for --config of train.py, for all cells of a stage. The invariant: whatever is f
 it is, and the same command goes on where it was; the tables are written anew after every cell.
 """
 
-import json
 import math
-import re
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,11 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluation.cells import finished_record, scores_of
+from evaluation.cells import finished_record, scores_of, seconds_per_epoch, steps_of
 from evaluation.published import ADAPTATION, NOTES, OUTCOMES, TASKS
 from evaluation.score import ScoreConfig
+from evaluation.tables import aside, named_folders, table_head, table_row, write_tables
 from model.ending import CommandParser, exit_code
-from model.files import write_json, write_whole
 from training.command_line import read_command
 from training.config import RunConfig
 from training.run_folder import private_files
@@ -45,8 +43,6 @@ DECODER_ROWS: Mapping[str, str] = {
     "trainable+downstream": "--adapter lora --init-adapter {clinical}",
 }
 ENCODER_ROWS: Mapping[str, str] = {"full": "--adapter full", "lora": "--adapter lora"}
-
-_NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,39}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +109,7 @@ def run_study(study: Study) -> dict[str, Any]:
             for method in methods:
                 tables["adaptation"].append(_adapted(study, base, method))
                 _mark_chosen(tables["adaptation"])
-                _write(study, tables)
+                write_tables(study.out, tables, _markdown(study, tables))
     for base, row in outcome_rows(study):
         cells: dict[str, Any] = {}
         line: dict[str, Any] = {"base": base, "variant": row, "tasks": cells}
@@ -121,7 +117,7 @@ def run_study(study: Study) -> dict[str, Any]:
         for task in study.tasks:
             cells[task] = _outcome(study, base, row, task, tables["notes"])
             line["auroc_macro"] = _macro(cells, study.tasks)
-            _write(study, tables)
+            write_tables(study.out, tables, _markdown(study, tables))
     return tables
 
 
@@ -129,8 +125,7 @@ def _adapted(study: Study, base: str, method: str) -> dict[str, Any]:
     config = adaptation_config(study, base, method)
     record = finished_record(config)
     results = scores_of(config, ScoreConfig(run=config.out, bootstrap=study.bootstrap))
-    steps = [step for step in _steps(Path(config.out)) if "loss" in step]
-    speeds = [s["tokens_per_second"] for s in steps if s.get("tokens_per_second")]
+    steps, seconds = steps_of(Path(config.out)), seconds_per_epoch(record, Path(config.out))
     late = steps[-max(1, len(steps) // 10) :]
     parameters = record["parameters"]
     best = record["kept"]["best"]
@@ -143,9 +138,7 @@ def _adapted(study: Study, base: str, method: str) -> dict[str, Any]:
         "train_perplexity": math.exp(statistics.fmean(step["loss"] for step in late)),
         "validation_loss": None if best is None else best["metrics"]["loss"],
         "perplexity": results["perplexity"],
-        "hours_per_epoch": record["epoch_tokens"] / statistics.median(speeds) / 3600
-        if speeds
-        else None,
+        "hours_per_epoch": None if seconds is None else seconds / 3600,
         "chosen": False,
         "published": ADAPTATION.get((base, method)),
     }
@@ -186,18 +179,7 @@ def _macro(cells: Mapping[str, Mapping[str, Any]], tasks: Sequence[str]) -> floa
     return statistics.fmean(values)
 
 
-def _steps(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 # Tables -------------------------------------------------------------------------------------------
-
-
-def _write(study: Study, tables: Mapping[str, Any]) -> None:
-    study.out.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_json(study.out / "study.json", tables)
-    text = "\n".join(_markdown(study, tables)) + "\n"
-    write_whole(study.out / "study.md", lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _markdown(study: Study, tables: Mapping[str, Any]) -> Iterator[str]:
@@ -205,42 +187,36 @@ def _markdown(study: Study, tables: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield "Published figures (arXiv 2307.03042, notes of 128 tokens) stand in brackets."
     if tables["notes"]:
-        yield from ("", "## Notes", "", *_head("task", "train", "validation", "test"))
+        yield from ("", "## Notes", "", *table_head("task", "train", "validation", "test"))
         for task, ours in tables["notes"].items():
             theirs = NOTES.get(task, (None,) * 3)
-            yield _row(task, *(f"{a:,}{_aside(b, ',')}" for a, b in zip(ours, theirs, strict=True)))
+            yield table_row(
+                task, *(f"{a:,}{aside(b, ',')}" for a, b in zip(ours, theirs, strict=True))
+            )
     if tables["adaptation"]:
         names = ("base", "method", "trainable", "share", "train perplexity", "test perplexity")
-        yield from ("", "## Domain adaptation", "", *_head(*names, "hours an epoch", "chosen"))
+        yield from ("", "## Domain adaptation", "", *table_head(*names, "hours an epoch", "chosen"))
         for row in tables["adaptation"]:
             count, train, test, published_hours = row["published"] or (None,) * 4
             hours = row["hours_per_epoch"]
-            yield _row(
+            yield table_row(
                 row["base"],
                 row["method"],
-                f"{row['trainable']:,}{_aside(count, ',')}",
+                f"{row['trainable']:,}{aside(count, ',')}",
                 f"{row['share']:.4%}",
-                f"{row['train_perplexity']:.3f}{_aside(train)}",
-                f"{row['perplexity']:.3f}{_aside(test)}",
-                ("" if hours is None else f"{hours:.2f}") + _aside(published_hours),
+                f"{row['train_perplexity']:.3f}{aside(train)}",
+                f"{row['perplexity']:.3f}{aside(test)}",
+                ("" if hours is None else f"{hours:.2f}") + aside(published_hours),
                 "yes" if row["chosen"] else "",
             )
     if tables["outcomes"]:
         yield from ("", "## Outcomes, AUROC in percent", "")
-        yield from _head("base", "variant", *study.tasks, "macro")
+        yield from table_head("base", "variant", *study.tasks, "macro")
         for line in tables["outcomes"]:
             cells = [_cell(line["tasks"].get(task)) for task in study.tasks]
             macro = line.get("auroc_macro")
             last = "" if macro is None else f"{100 * macro:.2f}"
-            yield _row(line["base"], line["variant"], *cells, last)
-
-
-def _head(*names: str) -> tuple[str, str]:
-    return _row(*names), "|" + "---|" * len(names)
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
+            yield table_row(line["base"], line["variant"], *cells, last)
 
 
 def _cell(cell: Mapping[str, Any] | None) -> str:
@@ -254,32 +230,10 @@ def _cell(cell: Mapping[str, Any] | None) -> str:
     if cell["auroc_ci"] is not None:
         low, high = cell["auroc_ci"]
         text += f" [{100 * low:.2f}, {100 * high:.2f}]"
-    return text + _aside(cell["published"])
-
-
-def _aside(published: float | None, form: str = ".2f") -> str:
-    return "" if published is None else f" ({published:{form}})"
+    return text + aside(cell["published"])
 
 
 # The command --------------------------------------------------------------------------------------
-
-
-def _named(words: Sequence[str], flag: str) -> dict[str, str]:
-    """NAME=DIR pairs."""
-    found: dict[str, str] = {}
-    for word in words:
-        name, equals, folder = word.partition("=")
-        if not equals or not folder or not _NAME.fullmatch(name):
-            raise ValueError(
-                f"{flag} takes NAME=DIR, with a name of lower-case letters, digits, '.' and '-'; "
-                f"got {word}"
-            )
-        if name in found:
-            raise ValueError(f"{flag} names {name} twice")
-        if not Path(folder).is_dir():
-            raise ValueError(f"{flag} {word}: there is no folder {folder}")
-        found[name] = folder
-    return found
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -303,8 +257,8 @@ def main(arguments: Sequence[str]) -> int:
             out=flags.out,
             data=flags.data,
             notes=flags.notes,
-            models=_named(flags.models, "--models"),
-            encoders=_named(flags.encoders, "--encoders"),
+            models=named_folders(flags.models, "--models"),
+            encoders=named_folders(flags.encoders, "--encoders"),
             tasks=tuple(dict.fromkeys(flags.tasks)),
             methods=tuple(dict.fromkeys(flags.methods)),
             seeds=tuple(range(flags.seeds)),

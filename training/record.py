@@ -5,10 +5,12 @@ adapter, counts, and at the end which step's weights were kept. Invariant: numbe
 columns, labels and files, never a note or a patient's id.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import platform
+import resource
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Set

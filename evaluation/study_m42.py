@@ -1,0 +1,325 @@
+"""The M42 study (arXiv 2409.14988) by one command: four techniques, each on top of those before it.
+
+    python -m evaluation.study_m42 --out runs/m42 --models mistral-7b=DIR --tokens 1e8 1e9 \
+        --texts notes=TEXTS:0.8 general=TEXTS:0.2 --data rows.json \
+        --benchmarks medqa=FILE medmcqa=FILE pubmedqa=FILE mmlu=DIR --solved medqa=FILE
+
+    base, + pretraining, + instruction, + NEFTune, + prompting     of the largest budget of tokens
+    accuracy against the tokens pretrained on                      of each budget, tuned and not
+
+A budget is a run of its own, whose rate falls to its own end: a checkpoint in the middle of a
+longer run would be compared at a rate that has not fallen yet. All see the same texts in the same
+order, the longer ones more of them. `--pretrain-config` and `--instruct-config` are files for
+--config of train.py. The paper's figures of benchmarks are not known here; none is shown. The
+invariant is that of every study: whatever is finished is taken as it is, and the same command goes
+on where it was; the tables are written anew after every cell.
+"""
+
+import math
+import sys
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+from data.questions import QuestionSetName, read_questions
+from evaluation.cells import answers_of, finished_record, footprint
+from evaluation.questions import STRATEGIES, QuestionConfig, StrategyName
+from evaluation.tables import (
+    accuracy,
+    gigabytes,
+    minutes,
+    named,
+    named_folders,
+    table_head,
+    table_row,
+    write_tables,
+)
+from model.ending import CommandParser, exit_code
+from training.command_line import read_command
+from training.config import RunConfig
+from training.run_folder import private_files
+
+BASE, PRETRAINED, INSTRUCTED = "base", "+ pretraining", "+ instruction"
+NOISY, PROMPTED = "+ NEFTune", "+ prompting"
+BENCHMARKS = typing.get_args(QuestionSetName)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """What the tables are made of."""
+
+    out: Path
+    models: Mapping[str, str]  # name: folder
+    texts: tuple[str, ...]  # words for --data of stage pretrain
+    tokens: tuple[int, ...]  # budgets of pretraining, rising
+    data: str  # instruction rows
+    benchmarks: Mapping[str, str]  # question set: file or folder
+    solved: Mapping[str, str] = field(default_factory=dict)  # of some sets: solved questions
+    prompt: StrategyName = "letter"
+    prompting: StrategyName = "medprompt"
+    shots: int = 5  # solved questions in front, of `prompting`
+    neftune_alpha: float = 5.0
+    pretrain_config: str | None = None
+    instruct_config: str | None = None
+    bootstrap: int = 1000
+
+
+class Cell(typing.NamedTuple):
+    """A row of the tables: a technique on top of so many tokens of pretraining."""
+
+    variant: str
+    tokens: int
+
+
+def cells_of(study: Study) -> Iterator[Cell]:
+    """All rows of one base, each after those that it stands on."""
+    for tokens in (0, *study.tokens):
+        yield Cell(PRETRAINED if tokens else BASE, tokens)
+        yield Cell(INSTRUCTED, tokens)
+    yield Cell(NOISY, study.tokens[-1])
+    yield Cell(PROMPTED, study.tokens[-1])
+
+
+def pretrain_config(study: Study, base: str, tokens: int) -> RunConfig:
+    """The run of one budget. Raises ValueError where a step has no fixed number of tokens."""
+    words = ["--stage", "pretrain", "--model", study.models[base]]
+    for text in study.texts:
+        words += ["--data", text]
+    words += ["--out", str(_pretrained(study, base, tokens))]
+    if study.pretrain_config is not None:
+        words += ["--config", study.pretrain_config]
+    config = read_command(words).config
+    if config.batch_tokens is None:
+        raise ValueError(
+            "--tokens counts tokens, so the steps of pretraining need --batch-tokens, not "
+            "--batch-size: change --pretrain-config"
+        )
+    steps = math.ceil(tokens / config.batch_tokens)
+    # The tokens that a row is named after are those its weights have seen.
+    return replace(config, steps=steps, epochs=None, keep="last")
+
+
+def instruct_config(study: Study, base: str, tokens: int, *, is_noisy: bool) -> RunConfig:
+    """The run that tunes the base, or what pretraining has made of it."""
+    words = ["--stage", "instruct", "--data", study.data]
+    name = "neftune" if is_noisy else "instruct"
+    words += ["--out", str(study.out / name / base / f"tokens-{tokens}")]
+    if tokens == 0:
+        words += ["--model", study.models[base]]
+    elif pretrain_config(study, base, tokens).adapter == "full":
+        words += ["--model", str(_pretrained(study, base, tokens) / "model")]
+    else:
+        words += ["--model", study.models[base]]
+        words += ["--init-adapter", str(_pretrained(study, base, tokens))]
+    if is_noisy:
+        words += ["--neftune-alpha", str(study.neftune_alpha)]
+    if study.instruct_config is not None:
+        words += ["--config", study.instruct_config]
+    return read_command(words).config
+
+
+def _pretrained(study: Study, base: str, tokens: int) -> Path:
+    return study.out / "pretrain" / base / f"tokens-{tokens}"
+
+
+def run_of(study: Study, base: str, cell: Cell) -> RunConfig | None:
+    """The run whose model answers in a cell; None for the base itself."""
+    if cell.variant == BASE:
+        return None
+    if cell.variant == PRETRAINED:
+        return pretrain_config(study, base, cell.tokens)
+    is_noisy = cell.variant != INSTRUCTED
+    return instruct_config(study, base, cell.tokens, is_noisy=is_noisy)
+
+
+def run_study(study: Study) -> dict[str, Any]:
+    """Make every cell that is not there yet and return the tables."""
+    _check(study)
+    tables: dict[str, Any] = {"prompt": study.prompt, "prompting": study.prompting, "rows": []}
+    for base in study.models:
+        for cell in cells_of(study):
+            config, trained = run_of(study, base, cell), {}
+            if config is not None:
+                seen = finished_record(config)["kept"]["tokens"]
+                trained = {**footprint(config), "tokens_seen": seen}
+            answered: dict[str, Any] = {}
+            line = {"base": base, **cell._asdict(), **trained, "benchmarks": answered}
+            tables["rows"].append(line)
+            for name in study.benchmarks:
+                if cell.variant != PROMPTED or _can_prompt(study, name):
+                    answered[name] = _asked(study, base, cell, name, config)
+                write_tables(study.out, tables, _markdown(study, tables))
+    return tables
+
+
+def _check(study: Study) -> None:
+    """Refuse what a later cell would refuse, before the first one takes its hours."""
+    for name, path in {**study.benchmarks, **study.solved}.items():
+        read_questions(cast(QuestionSetName, name), path)
+    if study.shots and not study.solved:
+        raise ValueError(
+            f"--prompting {study.prompting} shows {study.shots} solved questions: name their files "
+            "with --solved SET=PATH, or say --shots 0"
+        )
+    for base in study.models:
+        for cell in cells_of(study):
+            config = run_of(study, base, cell)
+            for name in study.benchmarks:
+                if cell.variant != PROMPTED or _can_prompt(study, name):
+                    question_config(study, base, cell, name, config)
+
+
+def _can_prompt(study: Study, name: str) -> bool:
+    """Whether there are the solved questions that the last row's prompts show, if it shows any."""
+    return study.shots == 0 or name in study.solved
+
+
+def _answers(study: Study, base: str, cell: Cell) -> Path:
+    return study.out / "answers" / base / f"{cell.variant.removeprefix('+ ')}-{cell.tokens}"
+
+
+def question_config(
+    study: Study, base: str, cell: Cell, name: str, config: RunConfig | None
+) -> QuestionConfig:
+    """How the questions of one set are put to the model of a cell."""
+    asked = QuestionConfig(
+        mcq=cast(QuestionSetName, name),
+        data=study.benchmarks[name],
+        run=None if config is None else config.out,
+        model=study.models[base] if config is None else None,
+        out=str(_answers(study, base, cell)) if config is None else None,
+        prompt=study.prompt,
+        bootstrap=study.bootstrap,
+    )
+    if cell.variant != PROMPTED:
+        return asked
+    solved = study.solved[name] if study.shots else None
+    return replace(asked, prompt=study.prompting, shots=study.shots, shots_data=solved)
+
+
+def _asked(
+    study: Study, base: str, cell: Cell, name: str, config: RunConfig | None
+) -> dict[str, Any]:
+    asked = question_config(study, base, cell, name, config)
+    results = answers_of(asked, _answers(study, base, cell) / f"{name}.json")
+    told = ("n", "accuracy", "accuracy_ci", "unanswered", "shortened_prompts", "counts")
+    return {key: results[key] for key in told}
+
+
+# The tables ---------------------------------------------------------------------------------------
+
+
+def _markdown(study: Study, tables: Mapping[str, Any]) -> Iterator[str]:
+    largest, rows = study.tokens[-1], tables["rows"]
+    yield "# Pretraining, instruction, NEFTune and prompting"
+    yield ""
+    yield (
+        f"Accuracy in percent with its 95% interval and the questions scored; --prompt "
+        f"{study.prompt}, in the last row --prompt {study.prompting}. The paper's figures of "
+        "benchmarks are not known here. Memory is the peak of the run in GB, of a GPU's tensors or "
+        "on a CPU of the process."
+    )
+    yield from ("", f"## Each technique on top of the others, {largest:,} tokens pretrained", "")
+    yield from table_head("base", "", *study.benchmarks, "trained", "memory", "minutes an epoch")
+    for line in rows:
+        if line["tokens"] == largest or line["variant"] == BASE:
+            yield table_row(
+                line["base"],
+                line["variant"],
+                *(accuracy(line["benchmarks"].get(name)) for name in study.benchmarks),
+                f"{line['trainable']:,}" if "trainable" in line else "",
+                gigabytes(line.get("peak_memory")),
+                minutes(line.get("seconds_per_epoch")),
+            )
+    yield from ("", "## Accuracy against the tokens pretrained on", "")
+    yield from table_head("base", "tokens", "", *study.benchmarks)
+    for line in rows:
+        if line["variant"] in (BASE, PRETRAINED, INSTRUCTED):
+            yield table_row(
+                line["base"],
+                f"{line['tokens']:,}",
+                "instructed" if line["variant"] == INSTRUCTED else "as it is",
+                *(accuracy(line["benchmarks"].get(name)) for name in study.benchmarks),
+            )
+
+
+# The command --------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Read the command line, make the cells, and return the exit code."""
+
+    def work() -> None:
+        parser = CommandParser("python -m evaluation.study_m42", "The M42 study, cell by cell.")
+        parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+        parser.add_argument("--models", nargs="+", required=True, metavar="NAME=DIR")
+        parser.add_argument(
+            "--texts", nargs="+", required=True, metavar="TEXTS", help="--data of stage pretrain"
+        )
+        parser.add_argument(
+            "--tokens", nargs="+", type=float, required=True, help="budgets of pretraining"
+        )
+        parser.add_argument("--data", required=True, metavar="ROWS", help="instruction rows")
+        parser.add_argument(
+            "--benchmarks", nargs="+", required=True, metavar="SET=PATH", help="question sets"
+        )
+        parser.add_argument(
+            "--solved", nargs="+", default=[], metavar="SET=PATH", help="solved questions, to show"
+        )
+        parser.add_argument("--prompt", choices=sorted(STRATEGIES), default="letter")
+        parser.add_argument("--prompting", choices=sorted(STRATEGIES), default="medprompt")
+        parser.add_argument("--shots", type=int, default=5, help="solved questions of --prompting")
+        parser.add_argument("--neftune-alpha", type=float, default=5.0)
+        parser.add_argument("--pretrain-config", metavar="FILE", help="settings of stage pretrain")
+        parser.add_argument("--instruct-config", metavar="FILE", help="settings of stage instruct")
+        parser.add_argument("--bootstrap", type=int, default=1000, help="resamples of an interval")
+        flags = parser.read(arguments)
+        study = Study(
+            out=flags.out,
+            models=named_folders(flags.models, "--models"),
+            texts=tuple(flags.texts),
+            tokens=_budgets(flags.tokens),
+            data=flags.data,
+            benchmarks=_question_sets(flags.benchmarks, "--benchmarks"),
+            solved=_question_sets(flags.solved, "--solved"),
+            prompt=cast(StrategyName, flags.prompt),
+            prompting=cast(StrategyName, flags.prompting),
+            shots=flags.shots,
+            neftune_alpha=flags.neftune_alpha,
+            pretrain_config=flags.pretrain_config,
+            instruct_config=flags.instruct_config,
+            bootstrap=flags.bootstrap,
+        )
+        with private_files():
+            run_study(study)
+        print(f"{study.out}/study.md has the tables, study.json their figures")
+
+    return exit_code(
+        "evaluation.study_m42",
+        arguments,
+        work,
+        interrupted="interrupted; the same command goes on where it was",
+    )
+
+
+def _budgets(numbers: Sequence[float]) -> tuple[int, ...]:
+    if not all(1 <= number < 1e15 and number == int(number) for number in numbers):
+        raise ValueError("--tokens takes whole numbers from 1, such as 1e9")
+    return tuple(sorted({int(number) for number in numbers}))
+
+
+def _question_sets(words: Sequence[str], flag: str) -> dict[str, str]:
+    """SET=PATH pairs, each of a question set that is known."""
+    found = named(words, flag)
+    for name, path in found.items():
+        if name not in BENCHMARKS:
+            raise ValueError(f"{flag}: {name} is no question set; one of {', '.join(BENCHMARKS)}")
+        if not Path(path).exists():
+            raise ValueError(f"{flag} {name}={path}: there is no {path}")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
