@@ -58,7 +58,7 @@ class Study:
     benchmarks: Mapping[str, str]  # question set: file or folder
     solved: Mapping[str, str] = field(default_factory=dict)  # of some sets: solved questions
     prompt: StrategyName = "letter"
-    prompting: StrategyName = "medprompt"
+    prompting: StrategyName = "answer"
     shots: int = 5  # solved questions in front, of `prompting`
     neftune_alpha: float = 5.0
     pretrain_config: str | None = None
@@ -156,6 +156,8 @@ def run_study(study: Study) -> dict[str, Any]:
 
 def _check(study: Study) -> None:
     """Refuse what a later cell would refuse, before the first one takes its hours."""
+    if not Path(study.data).exists():
+        raise ValueError(f"--data {study.data} does not exist; name the instruction rows")
     for name, path in {**study.benchmarks, **study.solved}.items():
         read_questions(cast(QuestionSetName, name), path)
     if study.shots and not study.solved:
@@ -269,7 +271,7 @@ def main(arguments: Sequence[str]) -> int:
             "--solved", nargs="+", default=[], metavar="SET=PATH", help="solved questions, to show"
         )
         parser.add_argument("--prompt", choices=sorted(STRATEGIES), default="letter")
-        parser.add_argument("--prompting", choices=sorted(STRATEGIES), default="medprompt")
+        parser.add_argument("--prompting", choices=sorted(STRATEGIES), default="answer")
         parser.add_argument("--shots", type=int, default=5, help="solved questions of --prompting")
         parser.add_argument("--neftune-alpha", type=float, default=5.0)
         parser.add_argument("--pretrain-config", metavar="FILE", help="settings of stage pretrain")

@@ -1,0 +1,213 @@
+"""The M42 study: what each row stands on, the tokens it has seen, and that kills change nothing."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import evaluation.cells
+from data.general_text import write_general_text
+from evaluation.study_m42 import (
+    BASE,
+    INSTRUCTED,
+    NOISY,
+    PRETRAINED,
+    PROMPTED,
+    Study,
+    cells_of,
+    instruct_config,
+    main,
+)
+from tests.conftest import ROOT
+from tests.evaluation.test_study_medalpaca import write_rows
+from training.run_folder import read_record
+
+PRETRAIN = "max-length: 64\nbatch-tokens: 512\ndevice: cpu\nworkers: 1\n"
+INSTRUCT = """prompt-format: plain
+max-length: 64
+batch-size: 8
+steps: 2
+lora: {r: 2}
+device: cpu
+workers: 1
+"""
+BUDGETS = (1000, 2048)  # two and four steps
+CLOCK = ("seconds_per_epoch", "peak_memory")
+ROWS = [
+    (BASE, 0), (INSTRUCTED, 0), (PRETRAINED, 1000), (INSTRUCTED, 1000), (PRETRAINED, 2048),
+    (INSTRUCTED, 2048), (NOISY, 2048), (PROMPTED, 2048),
+]  # fmt: skip
+
+
+def write_questions(folder: Path) -> dict[str, Path]:
+    """A few questions of two sets, and solved ones of the first."""
+    medqa, pubmedqa, solved = (folder / name for name in ("test.jsonl", "pub.json", "train.jsonl"))
+    rows = [
+        {
+            "question": f"sign {i}?",
+            "options": {"A": "pain", "B": "fever"},
+            "answer_idx": "AB"[i % 2],
+        }
+        for i in range(14)
+    ]
+    medqa.write_text("".join(json.dumps(row) + "\n" for row in rows[:10]))
+    solved.write_text("".join(json.dumps(row) + "\n" for row in rows[10:]))
+    article = {"CONTEXTS": ["seen daily"], "QUESTION": "better?", "final_decision": "yes"}
+    pubmedqa.write_text(json.dumps({str(i): article for i in range(3)}))
+    return {"medqa": medqa, "pubmedqa": pubmedqa, "solved": solved}
+
+
+@pytest.fixture(scope="module")
+def words(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The command's arguments but for --out."""
+    folder = tmp_path_factory.mktemp("m42")
+    (folder / "pretrain.yaml").write_text(PRETRAIN)
+    (folder / "instruct.yaml").write_text(INSTRUCT)
+    texts = write_general_text(folder / "texts", documents=60)
+    files = write_questions(folder)
+    return [
+        *("--models", f"tiny={base}", "--texts", str(texts), "--tokens", *map(str, BUDGETS)),
+        *("--data", str(write_rows(folder / "rows.json"))),
+        *("--benchmarks", f"medqa={files['medqa']}", f"pubmedqa={files['pubmedqa']}"),
+        *("--solved", f"medqa={files['solved']}", "--prompting", "answer", "--shots", "2"),
+        *("--pretrain-config", str(folder / "pretrain.yaml"), "--bootstrap", "20"),
+        *("--instruct-config", str(folder / "instruct.yaml")),
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "study"
+    assert main([*words, "--out", str(out)]) == 0
+    return out
+
+
+def tables_of(out: Path) -> dict[str, Any]:
+    tables: dict[str, Any] = json.loads((out / "study.json").read_text())
+    for row in tables["rows"]:
+        for name in CLOCK:
+            row.pop(name, None)
+    return tables
+
+
+def test_every_row_stands_on_what_it_names(whole: Path, base: Path) -> None:
+    tables = json.loads((whole / "study.json").read_text())
+    assert [(row["variant"], row["tokens"]) for row in tables["rows"]] == ROWS
+    for tokens in BUDGETS:
+        pretrained = read_record(whole / "pretrain" / "tiny" / f"tokens-{tokens}")
+        assert pretrained["total_steps"] == -(-tokens // 512)
+        assert pretrained["kept"]["step"] == pretrained["kept"]["last_step"]
+        tuned = read_record(whole / "instruct" / "tiny" / f"tokens-{tokens}")
+        assert tuned["config"]["model"] == str(
+            whole / "pretrain" / "tiny" / f"tokens-{tokens}" / "model"
+        )
+        assert tuned["fingerprints"]["base"] != pretrained["fingerprints"]["base"]
+    alone = read_record(whole / "instruct" / "tiny" / "tokens-0")
+    assert alone["config"]["model"] == str(base) and alone["config"]["neftune_alpha"] is None
+    noisy = read_record(whole / "neftune" / "tiny" / "tokens-2048")
+    assert noisy["config"]["neftune_alpha"] == 5.0
+    assert noisy["fingerprints"]["base"] == tuned["fingerprints"]["base"]
+    seen = [row["tokens_seen"] for row in tables["rows"] if row["variant"] == PRETRAINED]
+    assert 0.7 * BUDGETS[0] < seen[0] < seen[1] < 1.3 * BUDGETS[1]
+    for row in tables["rows"]:
+        assert ("peak_memory" in row) == (row["variant"] != BASE)
+        # No solved questions of PubMedQA, so it is not asked with them.
+        shown = {"medqa", "pubmedqa"} - ({"pubmedqa"} if row["variant"] == PROMPTED else set())
+        assert set(row["benchmarks"]) == shown
+        assert row["benchmarks"]["medqa"]["n"] == 10
+        assert len(row["benchmarks"]["medqa"]["accuracy_ci"]) == 2
+    (kept,) = whole.rglob("prompting-2048/medqa.json")
+    asked = json.loads(kept.read_text())["asked"]
+    assert (asked["prompt"], asked["shots"]) == ("answer", 2)
+    assert asked["run"] == str(whole / "neftune" / "tiny" / "tokens-2048")
+
+
+def test_the_tables_are_readable(whole: Path) -> None:
+    text = (whole / "study.md").read_text()
+    stacked, curve = text.split("## Accuracy against")
+    for name in (BASE, PRETRAINED, INSTRUCTED, NOISY, PROMPTED):
+        assert stacked.count(f"| tiny | {name} | ") == 1
+    for tokens in ("0", "1,000", "2,048"):
+        assert f"| tiny | {tokens} | as it is |" in curve
+        assert f"| tiny | {tokens} | instructed |" in curve
+    for line in text.splitlines():
+        assert not line.startswith("|") or line.endswith("|")
+
+
+def test_a_finished_study_makes_nothing_again(
+    words: list[str], whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a cell was made again")
+
+    monkeypatch.setattr(evaluation.cells, "run", never)
+    monkeypatch.setattr(evaluation.cells, "score_questions", never)
+    before = tables_of(whole)
+    assert main([*words, "--out", str(whole)]) == 0
+    assert tables_of(whole) == before
+
+
+@pytest.mark.slow
+def test_killed_and_called_again_it_ends_in_the_same_tables(
+    words: list[str], whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "study"
+    command = [sys.executable, "-m", "tests.evaluation.kill_study", "evaluation.study_m42"]
+    command += [str(out), "5,40,90,150,60,100", *words, "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    assert done.stdout.split()[:6] == [str(-signal.SIGKILL)] * 6, done.stderr[-2000:]
+    assert done.stdout.split()[-1] == "0", done.stderr[-2000:]
+    assert tables_of(out) == tables_of(whole)
+
+
+def test_pretraining_may_train_an_adapter_which_instruction_then_stands_on(tmp_path: Path) -> None:
+    study = Study(
+        out=tmp_path, models={"a": "base"}, texts=("t",), tokens=(10,), data="d", benchmarks={},
+    )  # fmt: skip
+    assert [cell.tokens for cell in cells_of(study)] == [0, 0, 10, 10, 10, 10]
+    full = instruct_config(study, "a", 10, is_noisy=False)
+    assert full.model == str(tmp_path / "pretrain" / "a" / "tokens-10" / "model")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"--tokens": "1.5"}, "--tokens takes whole numbers"),
+        ({"--benchmarks": "medqb=x"}, "medqb is no question set"),
+        ({"--solved": "medqa=/nowhere"}, "there is no /nowhere"),
+        ({"--solved": None}, "name their files with --solved"),
+        ({"--pretrain-config": None}, None),
+        ({"--neftune-alpha": "0"}, "--neftune-alpha must be above 0"),
+        ({"--data": "/nowhere"}, "--data /nowhere does not exist"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_trained(
+    change: dict[str, str | None],
+    said: str | None,
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith("--"):
+            given[word] = []
+        else:
+            given[list(given)[-1]].append(word)
+    for flag, value in change.items():
+        given.pop(flag, None)
+        if value is not None:
+            given[flag] = [value]
+    if said is None:  # the steps of such a file have no number of tokens
+        (tmp_path / "rows.yaml").write_text(PRETRAIN.replace("batch-tokens: 512", "batch-size: 8"))
+        given["--pretrain-config"], said = [str(tmp_path / "rows.yaml")], "need --batch-tokens"
+    out = tmp_path / "out"
+    typed = [word for flag, values in given.items() for word in (flag, *values)]
+    assert main([*typed, "--out", str(out)]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and said in lines[0]
+    assert not list(out.rglob("run.json"))
