@@ -119,7 +119,8 @@ def test_every_row_stands_on_what_it_names(whole: Path, base: Path) -> None:
         shown = {"medqa", "pubmedqa"} - ({"pubmedqa"} if row["variant"] == PROMPTED else set())
         assert set(row["benchmarks"]) == shown
         assert row["benchmarks"]["medqa"]["n"] == 10
-        assert len(row["benchmarks"]["medqa"]["accuracy_ci"]) == 2
+        if row["variant"] != PROMPTED:  # the untrained base writes no answer that can be read
+            assert len(row["benchmarks"]["medqa"]["accuracy_ci"]) == 2
     (kept,) = whole.rglob("prompting-2048/medqa.json")
     asked = json.loads(kept.read_text())["asked"]
     assert (asked["prompt"], asked["shots"]) == ("answer", 2)
@@ -169,8 +170,8 @@ def test_pretraining_may_train_an_adapter_which_instruction_then_stands_on(tmp_p
         out=tmp_path, models={"a": "base"}, texts=("t",), tokens=(10,), data="d", benchmarks={},
     )  # fmt: skip
     assert [cell.tokens for cell in cells_of(study)] == [0, 0, 10, 10, 10, 10]
-    full = instruct_config(study, "a", 10, is_noisy=False)
-    assert full.model == str(tmp_path / "pretrain" / "a" / "tokens-10" / "model")
+    pretrained = tmp_path / "pretrain" / "a" / "tokens-10"
+    assert instruct_config(study, "a", 10, is_noisy=False).model == str(pretrained / "model")
 
 
 @pytest.mark.parametrize(
