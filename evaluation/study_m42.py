@@ -25,7 +25,8 @@ from typing import Any, cast
 
 from data.questions import QuestionSetName, read_questions
 from evaluation.cells import answers_of, finished_record, footprint
-from evaluation.questions import STRATEGIES, QuestionConfig, StrategyName
+from evaluation.questions import QuestionConfig
+from evaluation.strategies import STRATEGIES, StrategyName
 from evaluation.tables import (
     accuracy,
     gigabytes,
@@ -58,7 +59,7 @@ class Study:
     benchmarks: Mapping[str, str]  # question set: file or folder
     solved: Mapping[str, str] = field(default_factory=dict)  # of some sets: solved questions
     prompt: StrategyName = "letter"
-    prompting: StrategyName = "answer"
+    prompting: StrategyName = "medprompt"
     shots: int = 5  # solved questions in front, of `prompting`
     neftune_alpha: float = 5.0
     pretrain_config: str | None = None
@@ -271,7 +272,7 @@ def main(arguments: Sequence[str]) -> int:
             "--solved", nargs="+", default=[], metavar="SET=PATH", help="solved questions, to show"
         )
         parser.add_argument("--prompt", choices=sorted(STRATEGIES), default="letter")
-        parser.add_argument("--prompting", choices=sorted(STRATEGIES), default="answer")
+        parser.add_argument("--prompting", choices=sorted(STRATEGIES), default="medprompt")
         parser.add_argument("--shots", type=int, default=5, help="solved questions of --prompting")
         parser.add_argument("--neftune-alpha", type=float, default=5.0)
         parser.add_argument("--pretrain-config", metavar="FILE", help="settings of stage pretrain")

@@ -8,9 +8,11 @@
               peak of memory and time of an epoch of the training
 
 The tuned rows are the recipes medalpaca, medalpaca-lora and medalpaca-lora-int8; --instruct-config
-is a file for --config of train.py, for all of them. Published figures (MedAlpaca's repository)
-stand in brackets. The invariant is that of every study: whatever is finished is taken as it is, and
-the same command goes on where it was; the tables are written anew after every cell.
+is a file for --config of train.py, for all of them. Questions are asked as MedAlpaca's script does
+(--prompt medalpaca: sampled, up to five tries); --prompt letter compares likelihoods, without
+chance. Published figures (MedAlpaca's repository) stand in brackets. The invariant is that of every
+study: whatever is finished is taken as it is, and the same command goes on where it was; the tables
+are written anew after every cell.
 """
 
 import sys
@@ -22,7 +24,8 @@ from typing import Any, cast
 from data.questions import read_questions
 from evaluation.cells import answers_of, finished_record, footprint
 from evaluation.published import FOOTPRINT, USMLE, USMLE_OTHERS
-from evaluation.questions import STRATEGIES, QuestionConfig, StrategyName
+from evaluation.questions import QuestionConfig
+from evaluation.strategies import STRATEGIES, StrategyName
 from evaluation.tables import (
     accuracy,
     gigabytes,
@@ -46,6 +49,8 @@ TUNED: Mapping[str, str] = {
     "lora-8bit": "--preset medalpaca-lora-int8",
 }
 ROWS = (BASE, *TUNED)
+# Zero-shot, so without those that show solved questions.
+PROMPTS = tuple(sorted(name for name, known in STRATEGIES.items() if not known.finds_nearest))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +62,7 @@ class Study:
     questions: str  # folder of the USMLE self-assessment
     models: Mapping[str, str]  # name: folder
     rows: tuple[str, ...] = ROWS
-    prompt: StrategyName = "letter"
+    prompt: StrategyName = "medalpaca"
     instruct_config: str | None = None
     bootstrap: int = 1000
 
@@ -173,7 +178,9 @@ def main(arguments: Sequence[str]) -> int:
         parser.add_argument("--questions", required=True, metavar="DIR", help="USMLE files")
         parser.add_argument("--models", nargs="+", required=True, metavar="NAME=DIR")
         parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-        parser.add_argument("--prompt", choices=sorted(STRATEGIES), default="letter")
+        parser.add_argument(
+            "--prompt", choices=PROMPTS, default="medalpaca", help="how it is asked"
+        )
         parser.add_argument("--instruct-config", metavar="FILE", help="settings of the tuned rows")
         parser.add_argument("--bootstrap", type=int, default=1000, help="resamples of an interval")
         flags = parser.read(arguments)

@@ -165,6 +165,22 @@ def test_killed_and_called_again_it_ends_in_the_same_tables(
     assert tables_of(out) == tables_of(whole)
 
 
+@pytest.mark.slow
+def test_the_last_row_is_medprompt_unless_it_is_said_otherwise(
+    words: list[str], whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All other rows are there already."""
+    at = words.index("--prompting")
+    assert main([*words[:at], *words[at + 2 :], "--out", str(whole)]) == 0
+    *others, last = tables_of(whole)["rows"]
+    assert last["variant"] == PROMPTED and last["benchmarks"]["medqa"]["n"] == 10
+    (kept,) = whole.rglob("prompting-2048/medqa.json")
+    results = json.loads(kept.read_text())["results"]
+    assert (results["strategy"], results["settings"]["votes"]) == ("medprompt", 5)
+    assert main([*words, "--out", str(whole)]) == 0
+    assert tables_of(whole)["rows"][:-1] == others
+
+
 def test_pretraining_may_train_an_adapter_which_instruction_then_stands_on(tmp_path: Path) -> None:
     study = Study(
         out=tmp_path, models={"a": "base"}, texts=("t",), tokens=(10,), data="d", benchmarks={},

@@ -64,7 +64,7 @@ def words(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         *("--data", str(write_rows(folder / "rows.json"))),
         *("--questions", str(write_usmle(folder / "usmle", 4))),
         *("--models", f"llama-7b={base}", "--instruct-config", str(folder / "instruct.yaml")),
-        *("--bootstrap", "0"),
+        *("--bootstrap", "0", "--prompt", "letter"),
     ]
 
 
@@ -130,7 +130,7 @@ def test_a_finished_study_makes_nothing_again_unless_it_is_asked_otherwise(
         patch.setattr(evaluation.cells, "score_questions", never)
         assert main([*words, "--out", str(whole)]) == 0
         assert table_of(whole) == before
-    assert main([*words, "--out", str(whole), "--prompt", "choice", "--rows", "base"]) == 0
+    assert main([*words[:-1], "choice", "--out", str(whole), "--rows", "base"]) == 0
     assert table_of(whole)["prompt"] == "choice"
     assert main([*words, "--out", str(whole)]) == 0
     assert table_of(whole) == before
