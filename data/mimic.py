@@ -27,6 +27,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from data import demographics
+from data.demographics import Demographics
 from data.notes import Note
 from data.outcomes import (
     MIMIC3,
@@ -39,7 +41,7 @@ from data.outcomes import (
     Layout,
     Outcomes,
 )
-from data.tables import NOT_A_TIME, connect, find_table, holds, import_duckdb, not_whole
+from data.tables import NOT_A_TIME, Table, connect, find_table, holds, import_duckdb, not_whole
 
 __all__ = ["MULTILABEL_TASKS", "TASKS", "AdmissionNotes", "open_mimic"]
 
@@ -143,6 +145,7 @@ def open_mimic(
     task: str = "mor",
     *,
     paper: bool = False,
+    grouped: bool = False,
     spill_folder: str | Path | None = None,
 ) -> AdmissionNotes:
     """Admission notes of a MIMIC folder with the labels of one task; patients are SUBJECT_IDs.
@@ -151,6 +154,7 @@ def open_mimic(
     or .csv.gz, file names and headers in either case.
     task: one of TASKS; `diag` and `proc` give every note a tuple of labels.
     paper: rebuild the published quirks of codes and stays.
+    grouped: tell the groups of every note too (data.demographics), as far as the tables do.
     spill_folder: where the discharge summaries wait, in a file without a name and up to 1 GB large,
         while the notes are read; without it the system's folder for temporary files.
     Raises ValueError for a missing table, a wrong header, an unknown task, or without duckdb.
@@ -164,7 +168,15 @@ def open_mimic(
     layout = MIMIC4 if holds(folder, "discharge") else MIMIC3
     tables = {name: find_table(folder, layout.tables[name][0]) for name in NEEDS[task]}
     outcomes = Outcomes(layout, tables, task, paper=paper)
-    return AdmissionNotes(folder, outcomes, Path(spill_folder) if spill_folder else None)
+    groups = _demographics(folder, layout, tables["admissions"]) if grouped else None
+    return AdmissionNotes(folder, outcomes, groups, Path(spill_folder) if spill_folder else None)
+
+
+def _demographics(folder: Path, layout: Layout, admissions: Table) -> Demographics:
+    name = layout.tables["patients"][0]
+    patients = find_table(folder, name) if holds(folder, name) else None
+    columns = demographics.MIMIC4 if layout is MIMIC4 else demographics.MIMIC3
+    return Demographics(columns, admissions, patients)
 
 
 class AdmissionNotes:
@@ -175,9 +187,13 @@ class AdmissionNotes:
     end.
     """
 
-    group_names: tuple[str, ...] = ()
-
-    def __init__(self, folder: Path, outcomes: Outcomes, spill_folder: Path | None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        outcomes: Outcomes,
+        groups: Demographics | None,
+        spill_folder: Path | None,
+    ) -> None:
         quirks = ", with the paper's quirks" if outcomes.paper else ""
         release: Layout = outcomes.layout
         self.description = (
@@ -185,6 +201,8 @@ class AdmissionNotes:
         )
         self.counts: dict[str, int] | None = None
         self.label_list: tuple[str, ...] = ()
+        self.group_names: tuple[str, ...] = groups.names if groups else ()
+        self._groups = groups
         self._folder = folder
         self._outcomes = outcomes
         self._tables = outcomes.tables
@@ -238,7 +256,8 @@ class AdmissionNotes:
             label_list = self._outcomes.load(connection)
             ends = self._load_summaries(connection, texts)
             self._decide(connection)
-            yield from self._admission_notes(connection, texts, ends)
+            groups = self._groups.read(connection) if self._groups else {}
+            yield from self._admission_notes(connection, texts, ends, groups)
             self.label_list = label_list
 
     def _load_summaries(self, connection: Any, texts: IO[bytes]) -> list[int]:
@@ -312,7 +331,11 @@ class AdmissionNotes:
         )
 
     def _admission_notes(
-        self, connection: Any, texts: IO[bytes], ends: list[int]
+        self,
+        connection: Any,
+        texts: IO[bytes],
+        ends: list[int],
+        groups: dict[int, tuple[str | None, ...]],
     ) -> Iterator[tuple[int, Note]]:
         counts = dict.fromkeys((ADMISSIONS, *fates(self._task)), 0)
         decided = connection.execute("SELECT fate, count(*) FROM fates GROUP BY fate").fetchall()
@@ -329,9 +352,9 @@ class AdmissionNotes:
             """
         ).fetchall()
         is_untold = self._task in UNTOLD_TASKS
-        for (hadm_id, subject_id, labels), group in groupby(rows, key=itemgetter(0, 1, 2)):
+        for (hadm_id, subject_id, labels), texts_of in groupby(rows, key=itemgetter(0, 1, 2)):
             summaries = []
-            for *_, position in group:
+            for *_, position in texts_of:
                 texts.seek(ends[position])
                 summaries.append(texts.read(ends[position + 1] - ends[position]).decode())
             sections = admission_sections("\n\n".join(summaries))
@@ -345,7 +368,7 @@ class AdmissionNotes:
                 fate = DEATH_TOLD
             else:
                 label = tuple(labels) if self._task in MULTILABEL_TASKS else labels[0]
-                yield hadm_id, Note(note, str(subject_id), label)
+                yield hadm_id, Note(note, str(subject_id), label, groups.get(hadm_id, ()))
                 continue
             counts[fate] += 1
             counts[KEPT] -= 1

@@ -235,8 +235,8 @@ def find_table(folder: Path, name: str) -> Table:
 
 
 def holds(folder: Path, name: str) -> bool:
-    """Whether a table of MIMIC-IV is in the folder or below."""
-    return bool(_named(folder, name, deep=True))
+    """Whether a table is in the folder; one of MIMIC-IV also below."""
+    return bool(_named(folder, name, deep=name not in COLUMNS))
 
 
 def import_duckdb() -> Any:

@@ -402,6 +402,7 @@ def _open(config: ScoreConfig, finished: FinishedRun) -> Opened:
     # The run may have been moved since; its caches are made beside it.
     run = dataclasses.replace(finished.config, out=config.run)
     recorded = finished.record["fingerprints"]
+    group_columns = config.subgroup_columns if config.predict is None else None
     if config.data is None:
         _check_not_the_notes(config.predict, Path(run.data or "."))
         if not has_same_lists(run, recorded):
@@ -411,7 +412,7 @@ def _open(config: ScoreConfig, finished: FinishedRun) -> Opened:
             )
         if config.subgroup_columns and run.task not in (None, "label"):
             raise ValueError("--subgroup-columns names columns of a table; MIMIC has its own")
-        source = open_source(run, config.subgroup_columns)
+        source = open_source(run, group_columns)
         notes = load_notes(run, finished.tokenizer)
         if notes.fingerprint != recorded["data"]:
             raise ValueError(
@@ -438,7 +439,7 @@ def _open(config: ScoreConfig, finished: FinishedRun) -> Opened:
         ):
             if named:
                 raise ValueError(f"{flag} names a column of a table, but {data} is a MIMIC folder")
-        source = open_cohort(run, data)
+        source = open_cohort(run, data, grouped=group_columns is not None)
     else:
         labelled = config.predict is None
         source = open_notes(

@@ -104,10 +104,11 @@ class FinishedRun:
 # Data ---------------------------------------------------------------------------------------------
 
 
-def open_source(config: RunConfig, group_columns: Sequence[str] = ()) -> NoteSource:
+def open_source(config: RunConfig, group_columns: Sequence[str] | None = None) -> NoteSource:
     """The notes that the config names; the synthetic cohort is made where it is first asked for.
 
-    group_columns: a table's columns of categories, by which results are told apart.
+    group_columns: a table's columns of categories, by which results are told apart; None where
+        nothing is scored. MIMIC's groups are its own.
     """
     if config.data is None:
         raise ValueError("--data is missing: name a table of notes or a folder")
@@ -117,22 +118,23 @@ def open_source(config: RunConfig, group_columns: Sequence[str] = ()) -> NoteSou
     if data.parent == Path(SYNTHETIC_COHORT):
         make_cohort(SYNTHETIC_COHORT)
     if config.task in TASKS:
-        return open_cohort(config, data)
+        return open_cohort(config, data, grouped=group_columns is not None)
     return open_notes(
         data,
         text_column=config.text_column,
         label_column=config.label_column,
         patient_column=config.patient_column,
-        group_columns=group_columns,
+        group_columns=group_columns or (),
     )
 
 
-def open_cohort(config: RunConfig, data: Path) -> NoteSource:
+def open_cohort(config: RunConfig, data: Path, *, grouped: bool) -> NoteSource:
     """Admission notes of a MIMIC folder with the labels of the run's task, by its rules."""
     assert config.task is not None
     private = cache_folder(config)
     private.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return open_mimic(data, config.task, paper=config.cohort == "paper", spill_folder=private)
+    is_paper = config.cohort == "paper"
+    return open_mimic(data, config.task, paper=is_paper, grouped=grouped, spill_folder=private)
 
 
 def cache_folder(config: RunConfig) -> Path:

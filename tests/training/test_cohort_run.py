@@ -33,6 +33,12 @@ def diag_config(config: RunConfig, cohort: Path) -> RunConfig:
     )
 
 
+def scored_rows(out: Path) -> list[int]:
+    """The rows of the scored notes, as predictions.csv lists them."""
+    with (out / "eval" / "predictions.csv").open(newline="") as file:
+        return [int(row["row"]) for row in csv.DictReader(file)]
+
+
 def test_diagnoses_are_learned_and_scored_label_by_label(
     cohort: Path, make_config: Callable[..., RunConfig], capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -46,6 +52,16 @@ def test_diagnoses_are_learned_and_scored_label_by_label(
 
     results = score_run(ScoreConfig(run=str(out), bootstrap=0))
     assert list(results["per_label"]) == record["labels"]
+    # Groups need no flag; how many notes are in those that are large enough is checked by hand.
+    told = {(row["group"], row["value"]): row for row in results["subgroups"]}
+    assert {group for group, _ in told} == {"sex", "age", "ethnicity", "insurance"}
+    grouped = list(open_mimic(cohort, "diag", grouped=True))
+    scored = [grouped[row] for row in scored_rows(out)]
+    for value in ("F", "M"):
+        notes = [note for note in scored if note.groups[0] == value]
+        is_small = len({note.patient for note in notes}) < 10
+        row = told["sex", value]
+        assert row["suppressed"] == is_small and (is_small or row["n"] == len(notes))
     with (out / "eval" / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == results["n"] == record["counts"]["test_notes"]
