@@ -12,6 +12,7 @@ told. Rows are appended to benchmarks/results/cohorts.csv.
 
 import argparse
 import csv
+import functools
 import itertools
 import json
 import multiprocessing
@@ -90,8 +91,8 @@ def write_tables(folder: Path, task: str, size: int) -> None:
     if task == "mor":
         stays = size // SUMMARY_BYTES
     else:
-        # A row has 90 bytes.
-        stays = max(1, size // (90 * HOURLY_ITEMS * STAY_HOURS))
+        # A row has 83 bytes.
+        stays = max(1, size // (83 * HOURLY_ITEMS * STAY_HOURS))
     for name in NEEDS[task]:
         table = MIMIC3.tables[name][0]
         with (folder / f"{table}.csv").open("w", newline="") as file:
@@ -100,7 +101,10 @@ def write_tables(folder: Path, task: str, size: int) -> None:
             )
             writer.writeheader()
             for stay in range(1, stays + 1):
-                writer.writerows(_rows(rng, table, stay))
+                if table == "CHARTEVENTS":
+                    file.writelines(_charted(rng, stay))
+                else:
+                    writer.writerows(_rows(rng, table, stay))
 
 
 def _rows(rng: random.Random, table: str, stay: int) -> Iterator[dict[str, Any]]:
@@ -111,26 +115,38 @@ def _rows(rng: random.Random, table: str, stay: int) -> Iterator[dict[str, Any]]
         yield ids | {"ADMITTIME": EPOCH, "DISCHTIME": left, "HOSPITAL_EXPIRE_FLAG": stay % 2}
     elif table == "NOTEEVENTS":
         note = {"CHARTDATE": EPOCH.date(), "CATEGORY": "Discharge summary", "DESCRIPTION": "Report"}
-        yield ids | note | {"TEXT": _summary(rng)}
+        yield ids | note | {"TEXT": _summary(rng, stay)}
     elif table == "PATIENTS":
         yield ids | {"DOB": EPOCH - timedelta(days=20_000)}
     elif table == "ICUSTAYS":
         yield ids | {"ICUSTAY_ID": stay}
     elif table == "DIAGNOSES_ICD":
         yield ids | {"ICD9_CODE": "0389"}
-    elif table == "CHARTEVENTS":
-        ventilated = rng.randrange(STAY_HOURS)
-        for hour, item in itertools.product(range(STAY_HOURS), range(HOURLY_ITEMS)):
-            at = EPOCH + timedelta(hours=hour, minutes=item)
-            number = 220_339 if item == 0 and hour < ventilated else 220_045 + item
-            yield ids | {
-                "ICUSTAY_ID": stay, "ITEMID": number, "CHARTTIME": at, "STORETIME": at, "CGID": 15,
-                "VALUE": rng.randrange(200), "WARNING": 0, "ERROR": 0,
-            }  # fmt: skip
 
 
-def _summary(rng: random.Random) -> str:
-    """A summary of ten kilobytes, a third of it in sections that were known on arrival."""
+@functools.cache
+def _moments() -> list[tuple[int, int, str]]:
+    """Hour, item and time of every charted row of a stay."""
+    return [
+        (hour, item, str(EPOCH + timedelta(hours=hour, minutes=item)))
+        for hour, item in itertools.product(range(STAY_HOURS), range(HOURLY_ITEMS))
+    ]
+
+
+def _charted(rng: random.Random, stay: int) -> Iterator[str]:
+    """The lines of CHARTEVENTS of one patient's only stay."""
+    ventilated = rng.randrange(STAY_HOURS)
+    ids, value = f"{stay},{stay},{stay},{stay}", rng.randrange(200)
+    for hour, item, at in _moments():
+        number = 220_339 if item == 0 and hour < ventilated else 220_045 + item
+        yield f"{ids},{number},{at},{at},15,{(value + 7 * item) % 200},,,0,0,,\n"
+
+
+def _summary(rng: random.Random, stay: int) -> str:
+    """A summary of ten kilobytes, a third of it in sections that were known on arrival.
+
+    No two are the same, because a summary that is filed twice is kept once.
+    """
     known = (
         "Chief Complaint",
         "History of Present Illness",
@@ -138,13 +154,20 @@ def _summary(rng: random.Random) -> str:
         "Social History",
     )
     later = ("Pertinent Results", "Brief Hospital Course", "Discharge Condition")
-    words = [f"word{number}" for number in range(500)]
     parts = []
     for header in (*known, *later):
         count = SUMMARY_BYTES // 8 // (12 if header in known else 4)
-        lines = (" ".join(rng.choices(words, k=10)) for _ in range(count // 10))
+        lines = rng.choices(_lines(), k=count // 10)
         parts.append(f"{header}:\n" + "\n".join(lines))
-    return "\n\n".join(parts)
+    return f"Stay {stay}\n\n" + "\n\n".join(parts)
+
+
+@functools.cache
+def _lines() -> list[str]:
+    """Lines of ten words of a vocabulary of 500."""
+    rng = random.Random(0)
+    words = [f"word{number}" for number in range(500)]
+    return [" ".join(rng.choices(words, k=10)) for _ in range(10_000)]
 
 
 if __name__ == "__main__":
