@@ -125,6 +125,20 @@ def open_notes(
     raise ValueError(f"{path}: this format is not known; notes are read from {FORMATS}")
 
 
+def table_columns(path: Path) -> list[str] | None:
+    """The columns of a table of notes; None for texts and folders, which have none to name."""
+    name = path.name.lower().removesuffix(".gz")
+    if not path.is_file():
+        return None
+    if name.endswith(".csv"):
+        return _csv_header(path)
+    if name.endswith(".jsonl"):
+        return list(_json_object(path, 1, next(read_lines(path), "{}")))
+    if path.suffix.lower() == ".parquet":
+        return [row[0] for row in _parquet_rows(path, "DESCRIBE SELECT *")]
+    return None
+
+
 class CsvNotes:
     """Notes from CSV with a header, RFC 4180: UTF-8, commas, quotes doubled inside quotes."""
 

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from data.cache import TokenCache
+from data.joined import JoinedCache
 
 IGNORED = -100  # label of a token that is not scored
 PIECES_LIMIT = 1 << 20  # of a note: sample ids are note row * 2**20 + piece
@@ -58,7 +59,7 @@ class LanguagePieces:
 
     def __init__(
         self,
-        cache: TokenCache,
+        cache: TokenCache | JoinedCache,
         notes: np.ndarray,
         *,
         max_length: int,
@@ -210,7 +211,7 @@ class ClassificationNotes:
         return np.concatenate((tokens[: self._head], tokens[len(tokens) - self._tail :]))
 
 
-def length_quantiles(cache: TokenCache, notes: np.ndarray) -> dict[str, int]:
+def length_quantiles(cache: TokenCache | JoinedCache, notes: np.ndarray) -> dict[str, int]:
     """Tokens of whole notes (no BOS or EOS) at the quantiles that a run prints; {} for no notes."""
     if not len(notes):
         return {}

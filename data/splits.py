@@ -10,7 +10,7 @@ Invariant: the three sets are disjoint, and no patient and no text of training i
 
 import csv
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -108,6 +108,32 @@ def split_notes(
         len(unlisted),
         len(excluded),
         rule,
+    )
+
+
+def join_splits(cache: Digests, parts: Sequence[tuple[str, int, Splits]]) -> Splits:
+    """The split of several sources as that of one.
+
+    parts: of each source its name, the row of its first note in `cache`, and its own split. A
+    held-out note whose text is in the training part of any source is left out.
+    """
+    train, validation, test = (
+        np.concatenate([getattr(split, part) + np.uint32(first) for _, first, split in parts])
+        for part in ("train", "validation", "test")
+    )
+    training_texts = np.sort(cache.text_digests[train])
+    kept_validation = _absent(cache.text_digests, validation, training_texts)
+    kept_test = _absent(cache.text_digests, test, training_texts)
+    splits = [split for _, _, split in parts]
+    return Splits(
+        train,
+        kept_validation,
+        kept_test,
+        sum(each.validation_duplicates for each in splits) + len(validation) - len(kept_validation),
+        sum(each.test_duplicates for each in splits) + len(test) - len(kept_test),
+        sum(each.unlisted for each in splits),
+        sum(each.excluded for each in splits),
+        "; ".join(f"{name} {split.rule}" for name, _, split in parts),
     )
 
 

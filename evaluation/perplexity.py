@@ -1,40 +1,67 @@
-"""Perplexity over whole notes, with the adapters and without.
+"""Perplexity over whole notes, of a run and of its base, for each source of notes that has a name.
 
 exp(summed negative log-likelihood / number of scored tokens): every token of a note counts the
 same, wherever the note was cut, and the mean is never taken over batches.
 """
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from lora.attach import adapter_names, without_adapters
 from model.ending import RunFailed
 from training.assemble import LanguageDataset
 from training.objective import LanguageModelling
 from training.parallel import Ranks
-from training.validation import validate_language
+from training.validation import joint_loss, perplexity, validate_language
 
 
 def language_metrics(
-    objective: LanguageModelling, pieces: LanguageDataset, ranks: Ranks, *, micro_tokens: int
-) -> dict[str, float | int | None]:
-    """Return `tokens` (those scored), `perplexity`, and `perplexity_base` of the base alone.
+    objective: LanguageModelling,
+    parts: Mapping[str, LanguageDataset],
+    ranks: Ranks,
+    *,
+    micro_tokens: int,
+    base: Callable[[], LanguageModelling | None],
+) -> dict[str, Any]:
+    """Return `tokens` (those scored), `perplexity` and `perplexity_base`, and both `per_source`.
 
-    `perplexity_base` is None where the model has no adapters.
+    parts: what is scored by the name of its source; one without a name is in no `per_source`.
+    base: makes what a run without adapters was trained from, once the run itself is scored. Where
+    it has none to give, `perplexity_base` is None.
     Raises ValueError without a token to score, RunFailed for a loss that is not finite.
     """
-    tokens = pieces.scored_tokens
-    if tokens == 0:
+    tokens = {name: part.scored_tokens for name, part in parts.items() if part.scored_tokens}
+    if not tokens:
         raise ValueError("there is no token to score: name other data or another split")
 
-    def perplexity() -> float:
-        found = validate_language(objective, pieces, ranks, micro_tokens=micro_tokens)
-        if not math.isfinite(found["loss"]):
+    def losses(of: LanguageModelling) -> dict[str, float]:
+        found = {
+            name: validate_language(of, parts[name], ranks, micro_tokens=micro_tokens)["loss"]
+            for name in tokens
+        }
+        if not all(map(math.isfinite, found.values())):
             raise RunFailed("the loss on the notes is not finite")
-        return found["perplexity"]
+        return found
 
-    adapted = perplexity()
-    base = None
+    trained, untrained = losses(objective), None
     if adapter_names(objective.model):
         with without_adapters(objective.model):
-            base = perplexity()
-    return {"tokens": tokens, "perplexity": adapted, "perplexity_base": base}
+            untrained = losses(objective)
+    elif (before := base()) is not None:
+        untrained = losses(before)
+
+    def metrics(names: list[str]) -> dict[str, Any]:
+        counts = {name: tokens[name] for name in names}
+
+        def joint(found: Mapping[str, float]) -> float:
+            return perplexity(joint_loss({name: found[name] for name in names}, counts))
+
+        return {
+            "tokens": sum(counts.values()),
+            "perplexity": joint(trained),
+            "perplexity_base": None if untrained is None else joint(untrained),
+        }
+
+    named = {name: metrics([name]) for name in tokens if name}
+    return metrics(list(tokens)) | ({"per_source": named} if named else {})

@@ -29,6 +29,7 @@ from evaluation.page import (
 )
 from evaluation.subgroups import FEWEST_PATIENTS
 from model.files import write_whole
+from training.record import fingerprints_by_name
 
 MOST_POINTS = 200  # of a curve
 MOST_CURVES = 6  # classes with a curve of their own; above, one curve over all pairs
@@ -181,7 +182,7 @@ def _summary(results: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         shown.append(("Calibration error", number(ece), "mean distance, before scaling"))
     if "perplexity" in results:
         without = results["perplexity_base"]
-        told = "no adapter" if without is None else f"without the adapters {without:,.3f}"
+        told = "no base beside it" if without is None else f"the base alone {without:,.3f}"
         shown.append(("Perplexity", f"{results['perplexity']:,.3f}", told))
     items = (
         f"<li>{escape(name)}<b>{escape(value)}</b><small>{escape(told)}</small></li>"
@@ -191,14 +192,21 @@ def _summary(results: Mapping[str, Any], record: Mapping[str, Any]) -> str:
 
 
 def _perplexity(results: Mapping[str, Any]) -> str:
-    rows = [["with the adapters", f"{results['perplexity']:,.4f}"]]
-    if results["perplexity_base"] is not None:
-        rows.append(["base alone", f"{results['perplexity_base']:,.4f}"])
+    parts = {"all": results} | results.get("per_source", {})
+    rows = [
+        [
+            name,
+            f"{of['tokens']:,}",
+            f"{of['perplexity']:,.4f}",
+            "" if of["perplexity_base"] is None else f"{of['perplexity_base']:,.4f}",
+        ]
+        for name, of in parts.items()
+    ]
     return section(
         "Perplexity",
         "How surprised the model is by a token of the notes, on average: 1 is never. It is the "
         f"exponential of the mean loss over {results['tokens']:,} tokens, every token once.",
-        table("Perplexity", ["model", "perplexity"], rows),
+        table("Perplexity", ["notes", "tokens", "this run", "base alone"], rows),
     )
 
 
@@ -486,7 +494,8 @@ def _settings(results: Mapping[str, Any], record: Mapping[str, Any]) -> str:
         ["device", environment["device"]],
         *([name, version] for name, version in environment["versions"].items()),
     ]
-    prints = [[name, digest or "none"] for name, digest in record["fingerprints"].items()]
+    named = fingerprints_by_name(record["fingerprints"])
+    prints = [[name, digest or "none"] for name, digest in named.items()]
     prints.append(["data scored here", results["data_fingerprint"]])
     return section(
         "Settings and fingerprints",

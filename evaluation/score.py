@@ -13,7 +13,7 @@ notes, whatever is scored.
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.cache import find_cache, tokenise
+from data.cache import tokenise
 from data.conversations import fitting
 from data.groups import read_groups
 from data.mimic import MULTILABEL_TASKS, TASKS, AdmissionNotes
 from data.notes import NoteSource, open_notes
 from data.packing import ClassificationNotes
-from data.splits import patient_groups, shared_notes, split_notes
+from data.splits import patient_groups, shared_notes
 from evaluation.calibration import calibration, fit_temperature
 from evaluation.metrics import (
     HEADLINES,
@@ -45,18 +45,23 @@ from evaluation.predictions import read_predictions, write_predictions
 from evaluation.report import Curves, read_history, seen_warning, write_report
 from evaluation.subgroups import subgroup_rows
 from evaluation.thresholds import chosen_thresholds, threshold_table
+from model.checkpoint import base_fingerprint
 from model.files import read_json, write_json
 from model.heads import CausalLM, Classifier
 from training.assemble import (
     FinishedRun,
+    LanguageDataset,
     Notes,
     cache_folder,
+    find_notes,
     has_same_lists,
+    load_base,
     load_notes,
     make_dataset,
     open_cohort,
     open_source,
     restore,
+    source_pieces,
     split_and_fit,
     text_encoder,
 )
@@ -180,9 +185,9 @@ def summary(results: dict[str, Any]) -> Iterator[str]:
     if (warning := seen_warning(results)) is not None:
         yield f"warning: {warning}"
     if "tokens" in results:
-        base = results["perplexity_base"]
-        without = "" if base is None else f"; without the adapters {base:.4f}"
-        yield f"perplexity {results['perplexity']:.4f} over {results['tokens']:,} tokens{without}"
+        yield _perplexity_in_words(results)
+    for name, of in results.get("per_source", {}).items():
+        yield f"  {name}: {_perplexity_in_words(of)}"
     for name in HEADLINES:
         if name in results:
             ceiling = results.get("auroc_ceiling") if name == "auroc" else None
@@ -200,6 +205,12 @@ def summary(results: dict[str, Any]) -> Iterator[str]:
     for name, label in results.get("per_label", {}).items():
         auroc_of_label = _with_interval(label["auroc"], label["auroc_ci"])
         yield f"  auroc of {name} ({label['positives']:,}) {auroc_of_label}"
+
+
+def _perplexity_in_words(of: dict[str, Any]) -> str:
+    base = of["perplexity_base"]
+    alone = "" if base is None else f"; the base alone {base:.4f}"
+    return f"perplexity {of['perplexity']:.4f} over {of['tokens']:,} tokens{alone}"
 
 
 def _with_interval(value: float | None, interval: list[float] | None) -> str:
@@ -221,10 +232,22 @@ def _score_language(
         if value:
             raise ValueError(f"{flag} {word} a classifier, but {config.run} is a language model")
     opened = _open(config, finished)
-    pieces = make_dataset(finished.config, opened.notes, opened.rows)
-    assert not isinstance(pieces, ClassificationNotes)
-    objective = LanguageModelling(finished.model, device)
-    metrics = language_metrics(objective, pieces, Ranks(0, 1, device), micro_tokens=micro_tokens)
+    parts: Mapping[str, LanguageDataset]
+    parts = source_pieces(finished.config, opened.notes, opened.rows)
+    if not parts:
+        pieces = make_dataset(finished.config, opened.notes, opened.rows)
+        assert not isinstance(pieces, ClassificationNotes)
+        parts = {"": pieces}
+    metrics = language_metrics(
+        LanguageModelling(finished.model, device),
+        parts,
+        Ranks(0, 1, device),
+        micro_tokens=micro_tokens,
+        base=lambda: _untrained(finished, device),
+    )
+    for source in opened.notes.sources:
+        if source.name in metrics["per_source"]:
+            metrics["per_source"][source.name]["n"] = len(source.rows(opened.rows))
     results = {**_what_was_scored(finished, opened), "n": len(opened.rows), **metrics}
     with _eval_folder(config, opened) as folder:
         write_json(folder / "results.json", results)
@@ -232,6 +255,19 @@ def _score_language(
             folder / "report.html", results, finished.record, read_history(Path(config.run))
         )
     return results
+
+
+def _untrained(finished: FinishedRun, device: torch.device) -> LanguageModelling | None:
+    """The base whose weights a run trained, if it is still there; the run's own model goes."""
+    config = finished.config
+    if config.from_scratch or config.model is None or not Path(config.model).is_dir():
+        return None
+    if base_fingerprint(Path(config.model)) != finished.record["fingerprints"]["base"]:
+        return None
+    finished.model.to("meta")  # two whole models may be more than the memory holds
+    base = load_base(config, Path(config.model), 0, device)
+    assert isinstance(base, CausalLM)
+    return LanguageModelling(base, device)
 
 
 def _score_classifier(
@@ -404,7 +440,8 @@ def _open(config: ScoreConfig, finished: FinishedRun) -> Opened:
     recorded = finished.record["fingerprints"]
     group_columns = config.subgroup_columns if config.predict is None else None
     if config.data is None:
-        _check_not_the_notes(config.predict, Path(run.data or "."))
+        if isinstance(run.data, str):
+            _check_not_the_notes(config.predict, Path(run.data))
         if not has_same_lists(run, recorded):
             raise ValueError(
                 f"the patient lists in {run.splits} are missing or have changed since the run was "
@@ -414,10 +451,16 @@ def _open(config: ScoreConfig, finished: FinishedRun) -> Opened:
             raise ValueError("--subgroup-columns names columns of a table; MIMIC has its own")
         source = open_source(run, group_columns)
         notes = load_notes(run, finished.tokenizer)
-        if notes.fingerprint != recorded["data"]:
+        if notes.fingerprints != recorded["data"]:
+            changed = [
+                f"{source.description} ({source.name})"
+                for source in notes.sources
+                if source.fingerprint != recorded["data"][source.name]
+            ]
             raise ValueError(
-                f"the notes in {run.data} have changed since the run was trained, so its split no "
-                "longer holds; to score them as other notes, name them with --data"
+                f"the notes in {' and '.join(changed) or run.data} have changed since the run was "
+                "trained, so its split no longer holds; to score them as other notes, name them "
+                "with --data"
             )
         split = config.split or "test"
         place = "eval" if split == "test" else f"eval/{split}"
@@ -474,14 +517,11 @@ def _open(config: ScoreConfig, finished: FinishedRun) -> Opened:
 
 def _own_notes(run: RunConfig, finished: FinishedRun) -> Notes | None:
     """The notes that the run was trained on, where their cache and its lists are still there."""
-    fingerprint = finished.record["fingerprints"]["data"]
-    cache = find_cache(
-        fingerprint, text_encoder(run, finished.tokenizer), cache_folder=cache_folder(run)
-    )
-    if cache is None or not has_same_lists(run, finished.record["fingerprints"]):
+    recorded = finished.record["fingerprints"]
+    if not has_same_lists(run, recorded):
         return None
-    splits = split_notes(cache, lists=run.splits, test_share=run.test_share)
-    return Notes(finished.tokenizer, cache, splits, finished.label_names, fingerprint)
+    notes = find_notes(run, finished.tokenizer, recorded["data"])
+    return notes and dataclasses.replace(notes, label_names=finished.label_names)
 
 
 def _check_not_the_notes(predict: str | None, data: Path) -> None:

@@ -6,6 +6,8 @@ weight of the base is frozen, and what then trains is named, not inferred.
 """
 
 import dataclasses
+import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,13 +18,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.cache import TokenCache, tokenise
+from data.cache import TokenCache, find_cache, tokenise
 from data.conversations import Conversations, ConversationSegments, fitting
+from data.joined import JoinedCache
 from data.mimic import TASKS, open_mimic
-from data.notes import NoteSource, open_notes
+from data.notes import ChainedNotes, NoteSource, open_notes, table_columns
 from data.packing import ClassificationNotes, LanguagePieces, length_quantiles
 from data.prompts import PromptEncoder
-from data.splits import Splits, split_notes
+from data.sources import Source
+from data.splits import Splits, join_splits, split_notes
 from data.synthetic import make_cohort
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.worker import TextEncoder
@@ -62,15 +66,40 @@ Dataset = LanguageDataset | ClassificationNotes
 
 
 @dataclass(frozen=True)
+class SourceNotes:
+    """One of several named sources of a run's notes."""
+
+    name: str
+    share: float  # of the tokens that are drawn
+    first: int  # row of its first note in the run's cache
+    end: int  # and the row behind its last
+    fingerprint: str
+    description: str
+    rule: str  # of its split
+
+    def rows(self, rows: np.ndarray) -> np.ndarray:
+        """Those of some rows of the run's cache that are of this source."""
+        return rows[(self.first <= rows) & (rows < self.end)]
+
+
+@dataclass(frozen=True)
 class Notes:
     """The notes of a run, tokenised and split."""
 
     tokenizer: Tokenizer
-    cache: TokenCache
+    cache: TokenCache | JoinedCache
     splits: Splits
     label_names: tuple[str, ...]  # of a classifier: every label of the source; else empty
     fingerprint: str  # of the source
     left_out: Mapping[str, int] = field(default_factory=dict)  # rows by reason; of notes none
+    sources: tuple[SourceNotes, ...] = ()  # where --data names them
+
+    @property
+    def fingerprints(self) -> str | dict[str, str]:
+        """What run.json vouches for: the notes, or each of several sources by name."""
+        if not self.sources:
+            return self.fingerprint
+        return {source.name: source.fingerprint for source in self.sources}
 
     def counts(self) -> dict[str, Any]:
         """What run.json tells about the notes: numbers only."""
@@ -88,6 +117,13 @@ class Notes:
             "note_length": length_quantiles(self.cache, splits.train),
             "left_out": dict(self.left_out),
         }
+
+    def source_counts(self, source: SourceNotes) -> dict[str, int]:
+        """Notes of a source in each part of the split, and tokens of those that are trained on."""
+        splits = self.splits
+        counts = {f"{part}_notes": len(source.rows(getattr(splits, part))) for part in _PARTS}
+        train_tokens = int(self.cache.lengths(source.rows(splits.train)).sum())
+        return counts | {"train_tokens": train_tokens}
 
 
 @dataclass(frozen=True)
@@ -112,11 +148,13 @@ def open_source(config: RunConfig, group_columns: Sequence[str] | None = None) -
     """
     if config.data is None:
         raise ValueError("--data is missing: name a table of notes or a folder")
+    if config.sources:
+        return ChainedNotes(list(_open_sources(config).values()))
+    assert isinstance(config.data, str)
     data = Path(config.data)
     if config.stage == "instruct":
         return Conversations(data, bad_rows=config.bad_rows)
-    if data.parent == Path(SYNTHETIC_COHORT):
-        make_cohort(SYNTHETIC_COHORT)
+    _make_if_synthetic(data)
     if config.task in TASKS:
         return open_cohort(config, data, grouped=group_columns is not None)
     return open_notes(
@@ -126,6 +164,39 @@ def open_source(config: RunConfig, group_columns: Sequence[str] | None = None) -
         patient_column=config.patient_column,
         group_columns=group_columns or (),
     )
+
+
+def _make_if_synthetic(data: Path) -> None:
+    if data.parent == Path(SYNTHETIC_COHORT):
+        make_cohort(SYNTHETIC_COHORT)
+
+
+def _open_sources(config: RunConfig) -> dict[Source, NoteSource]:
+    """The named sources. Columns are those of tables; patients' that of the tables that have it."""
+    opened: dict[Source, NoteSource] = {}
+    has_table = has_patients = False
+    for source in config.sources:
+        path = Path(source.path)
+        _make_if_synthetic(path)
+        columns = table_columns(path)
+        patient = config.patient_column if config.patient_column in (columns or ()) else None
+        has_table |= columns is not None
+        has_patients |= patient is not None
+        opened[source] = open_notes(
+            path,
+            text_column=None if columns is None else config.text_column,
+            patient_column=patient,
+        )
+    for flag, column, is_there in (
+        ("--text-column", config.text_column, has_table),
+        ("--patient-column", config.patient_column, has_patients),
+    ):
+        if column is not None and not is_there:
+            raise ValueError(
+                f"{flag} is {column}, but none of the sources "
+                f"{', '.join(source.name for source in opened)} is a table with that column"
+            )
+    return opened
 
 
 def open_cohort(config: RunConfig, data: Path, *, grouped: bool) -> NoteSource:
@@ -171,6 +242,8 @@ def load_notes(config: RunConfig, tokenizer: Tokenizer | None = None) -> Notes:
         raise ValueError("--model is missing: name the folder of the base")
     if tokenizer is None:
         tokenizer = load_tokenizer(config.model, config.tokenizer_preset)
+    if config.sources:
+        return _load_sources(config, tokenizer)
     source = open_source(config)
     cache = tokenise(
         source,
@@ -191,6 +264,99 @@ def load_notes(config: RunConfig, tokenizer: Tokenizer | None = None) -> Notes:
     return Notes(tokenizer, cache, splits, label_names, source.fingerprint(), left_out)
 
 
+def _load_sources(config: RunConfig, tokenizer: Tokenizer) -> Notes:
+    """The notes of several sources: a cache and a split of each, joined."""
+    opened = _open_sources(config)
+    prints = {source.name: notes.fingerprint() for source, notes in opened.items()}
+    for name, found in prints.items():
+        first = next(other for other in prints if prints[other] == found)
+        if first != name:
+            raise ValueError(
+                f"the sources {first} and {name} hold the same notes; give them once, with the "
+                "weight of both"
+            )
+    caches = [
+        tokenise(notes, tokenizer, cache_folder=cache_folder(config), workers=config.workers)
+        for notes in opened.values()
+    ]
+    return _joined(config, tokenizer, caches, prints)
+
+
+def _joined(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    caches: Sequence[TokenCache],
+    prints: Mapping[str, str],
+) -> Notes:
+    """Caches of the config's sources, in their order, as the notes of one run."""
+    joined = JoinedCache(caches)
+    if config.splits is not None and joined.patient_digests is None:
+        raise ValueError(
+            "--splits names patients, but none of the sources has any; name their column with "
+            "--patient-column, or leave --splits out"
+        )
+    splits = [
+        split_notes(
+            cache,
+            lists=None if cache.patient_digests is None else config.splits,
+            test_share=config.test_share,
+            exclude=config.exclude,
+        )
+        for cache in caches
+    ]
+    firsts = joined.firsts.tolist()
+    tokens = [int(c.lengths(s.train).sum()) for c, s in zip(caches, splits, strict=True)]
+    # Without weights each source counts as what it has, so that all end their epochs together.
+    weights = [
+        tokens[i] if source.weight is None else source.weight
+        for i, source in enumerate(config.sources)
+    ]
+    sources = tuple(
+        SourceNotes(
+            source.name,
+            weights[i] / max(1e-300, sum(weights)),
+            firsts[i],
+            firsts[i + 1],
+            prints[source.name],
+            caches[i].description,
+            splits[i].rule,
+        )
+        for i, source in enumerate(config.sources)
+    )
+    names = [source.name for source in sources]
+    return Notes(
+        tokenizer,
+        joined,
+        join_splits(joined, list(zip(names, firsts, splits, strict=False))),
+        (),
+        hashlib.sha256(json.dumps(list(prints.items())).encode()).hexdigest(),
+        sources=sources,
+    )
+
+
+def find_notes(
+    config: RunConfig, tokenizer: Tokenizer, recorded: str | Mapping[str, str]
+) -> Notes | None:
+    """The notes that a run was trained on, from their caches alone; None where one is gone.
+
+    recorded: their fingerprint in run.json, or of several sources each one's.
+    """
+    folder, encoder = cache_folder(config), text_encoder(config, tokenizer)
+    prints = (
+        {"": recorded}
+        if isinstance(recorded, str)
+        else {source.name: recorded[source.name] for source in config.sources}
+    )
+    found = [find_cache(each, encoder, cache_folder=folder) for each in prints.values()]
+    caches = [cache for cache in found if cache is not None]
+    if len(caches) < len(found):
+        return None
+    if not isinstance(recorded, str):
+        return _joined(dataclasses.replace(config, exclude=None), tokenizer, caches, prints)
+    splits = split_notes(caches[0], lists=config.splits, test_share=config.test_share)
+    return Notes(tokenizer, caches[0], splits, (), recorded)
+
+
 def make_dataset(
     config: RunConfig,
     notes: Notes,
@@ -207,6 +373,7 @@ def make_dataset(
     is_labelled: False for notes to predict, whose labels are not there or not asked for.
     """
     if config.stage == "instruct":
+        assert isinstance(notes.cache, TokenCache)
         return ConversationSegments(
             notes.cache,
             rows,
@@ -222,6 +389,7 @@ def make_dataset(
             eos_id=notes.tokenizer.eos_id,
             first_only=config.pieces == "first",
         )
+    assert isinstance(notes.cache, TokenCache)
     return ClassificationNotes(
         notes.cache,
         rows,
@@ -233,20 +401,38 @@ def make_dataset(
     )
 
 
+def source_pieces(config: RunConfig, notes: Notes, rows: np.ndarray) -> dict[str, LanguagePieces]:
+    """The segments of some notes of several sources, by the name of the source."""
+    found = {}
+    for source in notes.sources:
+        pieces = make_dataset(config, notes, source.rows(rows))
+        assert isinstance(pieces, LanguagePieces)
+        found[source.name] = pieces
+    return found
+
+
 def _targets(notes: Notes, rows: np.ndarray, label_names: tuple[str, ...]) -> np.ndarray:
     """What a classifier answers of each note: int64 [n], or float32 [n, C] of several labels."""
+    assert isinstance(notes.cache, TokenCache)
     if notes.cache.multilabel:
         return notes.cache.label_matrix(rows, label_names)
     return notes.cache.label_codes(rows, label_names)
 
 
 def validation_rows(config: RunConfig, notes: Notes) -> np.ndarray:
-    """The validation notes that are scored during training: at most `eval_tokens` of them.
+    """The validation notes that are scored during training: `eval_tokens` at most, of each source.
 
     A fixed choice of whole notes, the same in every run on the same notes, neighbours in length
     together because that is how they pass fastest.
     """
     rows = notes.splits.validation
+    if not notes.sources:
+        return _chosen(config, notes, rows)
+    return np.concatenate([_chosen(config, notes, each.rows(rows)) for each in notes.sources])
+
+
+def _chosen(config: RunConfig, notes: Notes, rows: np.ndarray) -> np.ndarray:
+    """Some of the rows, `eval_tokens` at most but one at least, in the order of their lengths."""
     shuffled = np.random.default_rng(_VALIDATION_ORDER).permutation(rows)
     lengths = np.minimum(
         notes.cache.lengths(shuffled),
@@ -549,12 +735,12 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 # Fingerprints -------------------------------------------------------------------------------------
 
 
-def fingerprints(config: RunConfig, notes: Notes) -> dict[str, str | None]:
+def fingerprints(config: RunConfig, notes: Notes) -> dict[str, Any]:
     """What goes into a run besides its settings; a resumed run must find the same."""
     assert config.model is not None
     init, splits = config.init_adapter, config.splits
     return {
-        "data": notes.fingerprint,
+        "data": notes.fingerprints,
         "tokenizer": notes.tokenizer.fingerprint(),
         "base": base_fingerprint(Path(config.model)),
         "init_adapter": None
@@ -587,7 +773,7 @@ def check_same_base(config: RunConfig, found: str | None) -> None:
         )
 
 
-def has_same_lists(config: RunConfig, recorded: Mapping[str, str | None]) -> bool:
+def has_same_lists(config: RunConfig, recorded: Mapping[str, Any]) -> bool:
     """Tell whether the lists of patients, if any, are those by which a run split its notes."""
     if config.splits is None:
         return True

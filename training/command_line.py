@@ -14,6 +14,7 @@ import io
 import re
 import types
 import typing
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,15 @@ import yaml
 
 from data import mimic
 from model.files import read_json
-from training.config import Adapter, Preset, RunConfig, Stage, from_dict, to_dict
+from training.config import (
+    Adapter,
+    Preset,
+    RunConfig,
+    Stage,
+    from_dict,
+    takes_several,
+    to_dict,
+)
 from training.presets import recipe
 from training.run_folder import RUN_FILE
 from training.stages import EMBEDDED, STAGES
@@ -58,6 +67,8 @@ _OTHER_NAMES = {
     "--save-steps": "--checkpoint-every",
     "--warmup-ratio": "--optim.warmup-ratio",
 }
+# May be given several times, once for each source; RunConfig says in which stages.
+_REPEATED = ("--data",)
 # Two ways to say the same thing: the one that is given switches the stage's other one off.
 _EITHER_OR = (("--batch-tokens", "--batch-size"), ("--steps", "--epochs"))
 _MAX_CONFIG_BYTES = 1 << 20
@@ -97,7 +108,7 @@ def read_command(arguments: Sequence[str], prog: str = "train.py") -> Command:
     Raises ValueError with one line for anything wrong, SystemExit(0) after --help.
     """
     known = flag_types(TrainFlags)
-    typed = split_flags(arguments, known)
+    typed = split_flags(arguments, known, repeated=_REPEATED)
     from_file = _file_flags(typed, known)
     default = _default(typed, from_file)
     if "--help" in typed:
@@ -135,12 +146,17 @@ def flag_types(kind: type, prefix: str = "--") -> dict[str, Any]:
     return found
 
 
-def split_flags(arguments: Sequence[str], known: Mapping[str, Any]) -> Flags:
+def split_flags(
+    arguments: Sequence[str], known: Mapping[str, Any], *, repeated: Sequence[str] = ()
+) -> Flags:
     """Values of each flag, as typed; `--no-x` is ["no"] under --x.
+
+    repeated: flags that may stand several times, with one value each.
 
     Raises ValueError for a flag that is unknown, repeated, or has too few or too many values.
     """
     flags: Flags = {}
+    times: Counter[str] = Counter()
     current: str | None = None
     for word in arguments:
         if word == "-h":
@@ -153,10 +169,13 @@ def split_flags(arguments: Sequence[str], known: Mapping[str, Any]) -> Flags:
         name, has_value, value = word.partition("=")
         name = name.replace("_", "-")
         current, values = _known_flag(name, known)
-        if current in flags:
+        if current in flags and current not in repeated:
             raise ValueError(f"{current} is given twice; give it once")
-        flags[current] = [*values, value] if has_value else values
+        times[current] += 1
+        flags.setdefault(current, []).extend([*values, value] if has_value else values)
     for flag, values in flags.items():
+        if flag in repeated and len(values) != times[flag]:
+            raise ValueError(f"{flag} takes one value each time, got {' '.join(values) or 'none'}")
         _check_count(flag, values, known.get(flag, bool))
     return flags
 
@@ -191,7 +210,7 @@ def _check_count(flag: str, values: list[str], hint: Any) -> None:
                 f"{flag} is a switch and takes no value, got {values[-1]!r}; "
                 f"write {flag} or {_negated(flag)}"
             )
-    elif typing.get_origin(hint) is tuple:
+    elif takes_several(hint):
         if not values:
             raise ValueError(f"{flag} needs at least one value")
     elif len(values) != 1:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from data.conversations import BadRows
 from data.prompts import PromptName
+from data.sources import Source, read_sources
 from training.neftune import NeftuneLength
 
 Stage = Literal["pretrain", "clinical", "downstream", "instruct"]
@@ -227,8 +228,9 @@ class RunConfig:
     it, else float32."""
     int8: Int8Settings = field(default_factory=Int8Settings)
 
-    data: str | None = None
-    """Notes: CSV, JSON lines or Parquet table, folder of text files, or MIMIC folder."""
+    data: str | tuple[str, ...] | None = None
+    """Notes: CSV, JSON lines or Parquet table, folder of text files, or MIMIC folder. Pretrain:
+    also several sources, each with a --data NAME=PATH:WEIGHT of its own."""
     text_column: str | None = None
     """Column of the notes' text. Default: text, the name in MIMIC-IV-Note."""
     label_column: str | None = None
@@ -353,6 +355,11 @@ class RunConfig:
         self._check_pairs()
         self._check_stage()
 
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The named sources that --data gives; none where it is one path."""
+        return read_sources(self.data) if self.stage == "pretrain" else ()
+
     def _check_pairs(self) -> None:
         if (self.batch_tokens is None) == (self.batch_size is None):
             raise ValueError(
@@ -388,12 +395,17 @@ class RunConfig:
                 raise ValueError("--task label needs --label-column, the column of the labels")
         elif self.task is not None:
             raise ValueError(f"--task belongs to --stage downstream, not to --stage {self.stage}")
-        if self.stage == "pretrain" and self.adapter != "full":
+        if isinstance(self.data, tuple) and self.stage != "pretrain":
             raise ValueError(
-                f"--stage pretrain trains all weights: --adapter must be full, got {self.adapter}"
+                "--data is given twice; give it once: several sources are for --stage pretrain"
             )
+        _ = self.sources  # refuses what is no source
         if self.from_scratch and self.stage != "pretrain":
             raise ValueError(f"--from-scratch belongs to --stage pretrain, not to {self.stage}")
+        if self.from_scratch and self.adapter != "full":
+            raise ValueError(
+                f"--from-scratch trains all weights: --adapter must be full, got {self.adapter}"
+            )
         if self.adapter == "full" and self.base_dtype not in (None, "float32"):
             raise ValueError(
                 "--adapter full needs --base-dtype float32: AdamW's small steps are lost in "
@@ -411,15 +423,15 @@ class RunConfig:
                 "--init-adapter cannot go with --adapter full: merge the adapter into the base "
                 "first, or choose --adapter lora or none"
             )
-        if self.stage in ("clinical", "instruct"):
+        if self.stage != "downstream":
             if (
-                self.stage == "clinical"
+                self.stage != "instruct"
                 and self.init_adapter is not None
                 and self.adapter != "none"
             ):
                 raise ValueError(
-                    '--stage clinical names its adapter "clinical", and so does --init-adapter: '
-                    "continue that one with --adapter none"
+                    f'--stage {self.stage} names its adapter "clinical", and so does '
+                    "--init-adapter: continue that one with --adapter none"
                 )
             if self.adapter == "none" and (self.init_adapter is None or self.freeze_init_adapter):
                 raise ValueError(
@@ -432,6 +444,8 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     """The config as JSON values: nested dictionaries, tuples as lists."""
     plain = dataclasses.asdict(config)
     plain["lora"]["target_modules"] = list(config.lora.target_modules)
+    if isinstance(config.data, tuple):
+        plain["data"] = list(config.data)
     return plain
 
 
@@ -457,20 +471,31 @@ def _build(kind: type, values: object, prefix: str) -> Any:
         if dataclasses.is_dataclass(hint):
             assert isinstance(hint, type)
             value = _build(hint, value, f"{prefix}{name}.")
-        elif typing.get_origin(hint) is tuple:
-            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        elif takes_several(hint) and isinstance(value, list):
+            if not all(isinstance(item, str) for item in value):
                 raise ValueError(f"setting {prefix}{name} must be a list of names")
             value = tuple(value)
+        elif typing.get_origin(hint) is tuple:
+            raise ValueError(f"setting {prefix}{name} must be a list of names")
         elif not _is_one_of(hint, value):
             raise ValueError(f"setting {prefix}{name} has a wrong value: {value!r}")
         arguments[name] = value
     return kind(**arguments)
 
 
+def takes_several(hint: Any) -> bool:
+    """Whether a setting of this type may have a list of values."""
+    if typing.get_origin(hint) is tuple:
+        return True
+    return any(typing.get_origin(part) is tuple for part in typing.get_args(hint))
+
+
 def _is_one_of(hint: Any, value: object) -> bool:
     """Whether a JSON value fits `int`, `float`, `bool`, `str`, None, a Literal or their union."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return any(_is_one_of(part, value) for part in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return False  # a list, which is another branch
     if typing.get_origin(hint) is Literal:
         return value in typing.get_args(hint)
     if hint is float:

@@ -8,6 +8,7 @@ of the base only the headers are read. Invariant: the run's folder is neither ma
 import dataclasses
 import itertools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from model.heads import Classifier, Model
 from training.assemble import (
     Dataset,
     Notes,
+    SourceNotes,
     base_parameters,
     build_model,
     cache_folder,
@@ -64,7 +66,8 @@ class Plan:
     model: Model  # on the meta device
     total_steps: int
     steps_per_epoch: int
-    tokens_per_epoch: int
+    first_epoch: np.ndarray  # int64 [n]: the segments of its steps
+    drawn: dict[str, dict[str, float]]  # tokens and epochs of each named source, over the run
     memory: Memory
     work: Work
     rate: float  # operations a second, measured
@@ -95,7 +98,7 @@ def make_plan(config: RunConfig, ranks: Ranks) -> Plan:
     config = resolve(config, ranks.device)
     notes = load_notes_in_turn(config, ranks)
     train_set = make_dataset(config, notes, notes.splits.train, is_trained_on=True)
-    loader = make_loader(config, train_set, ranks)
+    loader = make_loader(config, notes, train_set, ranks)
     total_steps, steps_per_epoch = count_steps(config, loader), loader.steps_per_epoch()
     model = build_model(config, notes, _META)
     check_same_base(config, fingerprints(config, notes)["base"])
@@ -161,7 +164,8 @@ def make_plan(config: RunConfig, ranks: Ranks) -> Plan:
         model=model,
         total_steps=total_steps,
         steps_per_epoch=steps_per_epoch,
-        tokens_per_epoch=int(train_set.lengths(np.arange(len(train_set))).sum()),
+        first_epoch=loader.first_epoch(),
+        drawn=loader.drawn(total_steps),
         memory=need,
         work=work,
         rate=rate,
@@ -188,8 +192,9 @@ def describe(plan: Plan, ranks: Ranks) -> str:
         f"length: of a note in tokens: {quantiles}",
         f"        --max-length {config.max_length}: {how_cut(config, plan.train_set)}",
         *(f"        left out: {count:,} with {why}" for why, count in counts["left_out"].items()),
-        f"epoch:  {plan.tokens_per_epoch:,} tokens in {len(plan.train_set):,} segments, "
-        f"{plan.steps_per_epoch:,} steps",
+        *(line for source in plan.notes.sources for line in _of_source(plan, source)),
+        f"epoch:  {_one_epoch(plan)}{int(plan.train_set.lengths(plan.first_epoch).sum()):,} "
+        f"tokens in {len(plan.first_epoch):,} segments, {plan.steps_per_epoch:,} steps",
         f"run:    {plan.total_steps:,} steps, "
         f"{plan.total_steps / plan.steps_per_epoch:.2f} epochs; {work.validations} validations"
         + ("" if config.patience is None else f", fewer if {config.patience} are not better"),
@@ -206,6 +211,22 @@ def describe(plan: Plan, ranks: Ranks) -> str:
     comments = "\n".join(f"# {line}".rstrip() for line in lines)
     settings = yaml.safe_dump(used_settings(config), sort_keys=False, allow_unicode=True)
     return f"{comments}\n\n{settings}".rstrip()
+
+
+def _one_epoch(plan: Plan) -> str:
+    sources = plan.notes.sources
+    return f"once through {sources[0].name}, " if len(sources) > 1 else ""
+
+
+def _of_source(plan: Plan, source: SourceNotes) -> Iterator[str]:
+    """What a named source has, and what is drawn from it."""
+    counts, drawn = plan.notes.source_counts(source), plan.drawn[source.name]
+    yield (
+        f"source: {source.name}, {source.share:.1%} of the tokens drawn; "
+        f"{counts['train_notes']:,} train ({counts['train_tokens']:,} tokens), "
+        f"{counts['validation_notes']:,} validate, {counts['test_notes']:,} test"
+    )
+    yield f"        the run draws {drawn['tokens']:,} tokens of it, {drawn['epochs']:.2f} epochs"
 
 
 def _trained_parts(model: Model) -> list[str]:

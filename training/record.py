@@ -13,7 +13,7 @@ import platform
 import resource
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,16 @@ def make_record(
         "data": notes.cache.description,
         "split": notes.splits.rule,
         "counts": notes.counts(),
+        "sources": [
+            {
+                "name": source.name,
+                "share": source.share,
+                "data": source.description,
+                "split": source.rule,
+                **notes.source_counts(source),
+            }
+            for source in notes.sources
+        ],
         "labels": list(notes.label_names),
         "adapters": adapter_names(model),
         "parameters": {"trainable": trainable, "all": total},
@@ -83,11 +93,21 @@ def identity(record: Mapping[str, Any]) -> str:
 def check_same_run(saved: Mapping[str, Any], record: Mapping[str, Any]) -> None:
     """Refuse to resume a run whose settings, notes, base or number of steps are others now."""
     changed = changed_settings(saved["config"], record["config"], free=_FREE_ON_RESUME)
-    changed += [
-        f"the content of the {name.replace('_', ' ')} is not what it was"
-        for name, before in saved["fingerprints"].items()
-        if record["fingerprints"][name] != before
-    ]
+    before, now = (
+        [(of["name"], of["share"]) for of in each["sources"]] for each in (saved, record)
+    )
+    if before != now:
+        changed.append(f"the sources were {_in_words(before)} and are {_in_words(now)}")
+    else:
+        prints = (
+            fingerprints_by_name(saved["fingerprints"]),
+            fingerprints_by_name(record["fingerprints"]),
+        )
+        changed += [
+            f"the content of the {name.replace('_', ' ')} is not what it was"
+            for name, found in prints[0].items()
+            if prints[1][name] != found
+        ]
     if not changed:
         changed = [
             f"{name} was {saved[name]} and is {record[name]}"
@@ -99,6 +119,18 @@ def check_same_run(saved: Mapping[str, Any], record: Mapping[str, Any]) -> None:
             f"--resume: this is not the run that began: {'; '.join(changed)}; resume with what it "
             "began with, or start a new run in another folder"
         )
+
+
+def _in_words(sources: Sequence[tuple[str, float]]) -> str:
+    return ", ".join(f"{name} ({share:.4g} of the tokens)" for name, share in sources) or "none"
+
+
+def fingerprints_by_name(prints: Mapping[str, Any]) -> dict[str, str | None]:
+    """The fingerprints of run.json, those of several sources as "source NAME"."""
+    found: dict[str, str | None] = {}
+    for name, of in prints.items():
+        found |= {f"source {s}": d for s, d in of.items()} if isinstance(of, dict) else {name: of}
+    return found
 
 
 def changed_settings(

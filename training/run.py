@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from data.cache import TokenCache
 from data.loader import Loader
+from data.order import Share
 from data.packing import ClassificationNotes
 from lora.attach import adapter_names
 from lora.peft_format import save_adapter
@@ -38,6 +40,7 @@ from training.assemble import (
     load_notes,
     make_dataset,
     resolve,
+    source_pieces,
     validation_rows,
 )
 from training.checkpoint import sweep
@@ -58,7 +61,12 @@ from training.run_folder import (
     read_record,
     weight_files,
 )
-from training.validation import Score, validate_classifier, validate_language
+from training.validation import (
+    Score,
+    validate_classifier,
+    validate_language,
+    validate_sources,
+)
 
 _CPU = torch.device("cpu")
 
@@ -102,7 +110,7 @@ def _run(
 
     notes = load_notes_in_turn(config, ranks)
     train_set = make_dataset(config, notes, notes.splits.train, is_trained_on=True)
-    loader = make_loader(config, train_set, ranks)
+    loader = make_loader(config, notes, train_set, ranks)
     total_steps = count_steps(config, loader)
 
     # Model. The base is frozen; what trains is adapters and head, or with --adapter full all of it.
@@ -168,6 +176,7 @@ def _run(
                     "last_step": loop.position.step,
                     "best": best,
                     "tokens": loop.position.tokens,
+                    **({"sources": drawn} if (drawn := loader.drawn()) else {}),
                 }
                 files = describe_files(out, weight_files(out))
                 ending = {
@@ -181,6 +190,10 @@ def _run(
                     progress.say(
                         f"stopped after step {loop.position.step} of {total_steps}: "
                         f"{config.patience} validations in a row were not better (--patience)"
+                    )
+                for name, of in drawn.items():
+                    progress.say(
+                        f"source {name}: {of['tokens']:,} tokens drawn, {of['epochs']:.2f} epochs"
                     )
                 progress.say(_farewell(out, kept_step, loop.position.step, best))
     return out
@@ -232,8 +245,12 @@ def load_notes_in_turn(config: RunConfig, ranks: Ranks) -> Notes:
     return notes
 
 
-def make_loader(config: RunConfig, train_set: Dataset, ranks: Ranks) -> Loader:
+def make_loader(config: RunConfig, notes: Notes, train_set: Dataset, ranks: Ranks) -> Loader:
     """This rank's share of every step."""
+    pieces = source_pieces(config, notes, notes.splits.train)
+    shares = [
+        Share(source.name, len(pieces[source.name]), source.share) for source in notes.sources
+    ]
     return Loader(
         train_set,
         batch_tokens=config.batch_tokens,
@@ -242,6 +259,7 @@ def make_loader(config: RunConfig, train_set: Dataset, ranks: Ranks) -> Loader:
         seed=config.seed,
         rank=ranks.rank,
         world_size=ranks.count,
+        shares=shares,
     )
 
 
@@ -272,11 +290,11 @@ def _time_left(
     rows = validation_rows(config, notes)
     if len(rows) == 0:
         return TimeLeft(total_steps=total_steps)
-    validated, trained = make_dataset(config, notes, rows), np.arange(len(train_set))
+    validated = make_dataset(config, notes, rows)
     step = (
         flops(
             model,
-            train_set.lengths(trained),
+            train_set.lengths(loader.first_epoch()),
             trains=True,
             checkpointing=config.gradient_checkpointing,
         )
@@ -299,6 +317,7 @@ def make_objective(
             model, device, gradient_checkpointing=config.gradient_checkpointing
         )
     class_weights = None
+    assert isinstance(notes.cache, TokenCache)
     if config.class_weights and not notes.cache.multilabel:
         labels = notes.cache.label_codes(notes.splits.train)
         counts = np.bincount(labels, minlength=len(notes.label_names))
@@ -324,6 +343,10 @@ def _validation(
         if config.patience is not None:
             raise ValueError("--patience counts validations, but no note validates; leave it out")
         return None
+    if isinstance(objective, LanguageModelling) and notes.sources:
+        of_sources = source_pieces(config, notes, rows)
+        scored = {name: pieces for name, pieces in of_sources.items() if pieces.scored_tokens}
+        return lambda: validate_sources(objective, scored, ranks, micro_tokens=config.micro_tokens)
     dataset = make_dataset(config, notes, rows)
     if isinstance(objective, LanguageModelling):
         assert not isinstance(dataset, ClassificationNotes)
@@ -382,6 +405,12 @@ def _introduce(
         f"notes: {counts['train_notes']:,} train, {counts['validation_notes']:,} validate, "
         f"{counts['test_notes']:,} test ({record['split']})"
     )
+    for source in record["sources"]:
+        progress.say(
+            f"source {source['name']}: {source['share']:.1%} of the tokens drawn; "
+            f"{source['train_notes']:,} train ({source['train_tokens']:,} tokens), "
+            f"{source['validation_notes']:,} validate, {source['test_notes']:,} test"
+        )
     for reason, count in counts["cohort"].items():
         progress.say(f"cohort: {count:,} {reason}")
     if counts["excluded_notes"]:

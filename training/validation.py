@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from data.loader import iter_batches
-from data.packing import ClassificationNotes, SegmentDataset
+from data.packing import ClassificationNotes, LanguagePieces, SegmentDataset
 from training.objective import Classification, LanguageModelling
 from training.parallel import Ranks
 
@@ -39,7 +39,35 @@ def validate_language(
         scored += loss.denominator
     total, scored = ranks.sum_floats([float(loss_sum), scored])
     mean = total / scored
-    return {"loss": mean, "perplexity": math.exp(min(mean, 700.0))}
+    return {"loss": mean, "perplexity": perplexity(mean)}
+
+
+def validate_sources(
+    objective: LanguageModelling,
+    sources: Mapping[str, LanguagePieces],
+    ranks: Ranks,
+    *,
+    micro_tokens: int,
+) -> dict[str, float]:
+    """Loss and perplexity over the tokens of all sources, and `perplexity_NAME` of each."""
+    found = {
+        name: validate_language(objective, pieces, ranks, micro_tokens=micro_tokens)
+        for name, pieces in sources.items()
+    }
+    tokens = {name: pieces.scored_tokens for name, pieces in sources.items()}
+    mean = joint_loss({name: each["loss"] for name, each in found.items()}, tokens)
+    each = {f"perplexity_{name}": of["perplexity"] for name, of in found.items()}
+    return {"loss": mean, "perplexity": perplexity(mean), **each}
+
+
+def joint_loss(losses: Mapping[str, float], tokens: Mapping[str, int]) -> float:
+    """The mean loss of all tokens, from each source's mean and count."""
+    return sum(losses[name] * tokens[name] for name in losses) / sum(tokens.values())
+
+
+def perplexity(loss: float) -> float:
+    """The exponential of a mean loss, as far as float64 goes."""
+    return math.exp(min(loss, 700.0))
 
 
 @torch.inference_mode()

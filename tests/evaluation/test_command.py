@@ -18,7 +18,7 @@ def test_it_says_the_perplexities(clinical_run: Path, capsys: pytest.CaptureFixt
     assert len(lines) == 2
     assert "notes of the test split" in lines[0]
     assert lines[1].startswith("perplexity ")
-    assert "without the adapters" in lines[1]
+    assert "the base alone" in lines[1]
 
 
 def test_it_says_the_outcome_metrics(

@@ -12,6 +12,7 @@ from training.stages import EMBEDDED, STAGES
 
 CLINICAL = ["--stage", "clinical"]
 OWN = ["--model", "M", "--data", "D"]
+PRETRAIN = ["--stage", "pretrain", "--model", "M"]
 LABEL = ["--stage", "downstream", "--task", "label", "--label-column", "label", *OWN]
 
 REFUSED = {
@@ -140,9 +141,57 @@ REFUSED = {
         [*CLINICAL, *OWN, "--init-adapter", "A"],
         "continue that one with --adapter none",
     ),
-    "pretrain an adapter": (
-        ["--stage", "pretrain", *OWN, "--adapter", "lora"],
+    "scratch with an adapter": (
+        ["--stage", "pretrain", *OWN, "--from-scratch", "--adapter", "lora"],
         "--adapter must be full, got lora",
+    ),
+    "two pretraining adapters of a name": (
+        ["--stage", "pretrain", *OWN, "--init-adapter", "A", "--adapter", "lora"],
+        "continue that one with --adapter none",
+    ),
+    "two sources elsewhere": (
+        [*CLINICAL, "--model", "M", "--data", "D", "--data", "E"],
+        "--data is given twice; give it once: several sources are for --stage pretrain",
+    ),
+    "two paths of a source": (
+        [*PRETRAIN, "--data", "a=D", "E"],
+        "--data takes one value each time, got a=D E",
+    ),
+    "a source without a name": (
+        [*PRETRAIN, "--data", "a=D", "--data", "E"],
+        "--data E: of several sources each is NAME=PATH:WEIGHT",
+    ),
+    "a source without a path": (
+        [*PRETRAIN, "--data", "a=:0.8", "--data", "b=E:0.2"],
+        "--data a=:0.8 names no path",
+    ),
+    "two sources of a name": (
+        [*PRETRAIN, "--data", "a=D:1", "--data", "a=E:1"],
+        "--data names two sources a; each needs a name of its own",
+    ),
+    "a source twice": (
+        [*PRETRAIN, "--data", "a=D:1", "--data", "b=./D:1"],
+        "--data gives ./D twice, as a and as b",
+    ),
+    "a weight missing": (
+        [*PRETRAIN, "--data", "a=D:1", "--data", "b=E"],
+        "--data b has no weight, but others have one",
+    ),
+    "weight 0": (
+        [*PRETRAIN, "--data", "a=D:0", "--data", "b=E:1"],
+        "--data a: its weight must be a number above 0, up to 1e9, got 0",
+    ),
+    "weight below 0": (
+        [*PRETRAIN, "--data", "a=D:-0.5", "--data", "b=E:1"],
+        "must be a number above 0, up to 1e9, got -0.5",
+    ),
+    "weight not a number": (
+        [*PRETRAIN, "--data", "a=D:nan", "--data", "b=E:1"],
+        "must be a number above 0, up to 1e9, got nan",
+    ),
+    "weight without end": (
+        [*PRETRAIN, "--data", "a=D:inf", "--data", "b=E:1"],
+        "must be a number above 0, up to 1e9, got inf",
     ),
     "scratch elsewhere": ([*CLINICAL, "--from-scratch"], "belongs to --stage pretrain"),
     # flags that would change nothing
