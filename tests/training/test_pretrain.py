@@ -17,9 +17,9 @@ import eval as eval_command
 import train
 from data.loader import iter_batches
 from data.packing import LanguagePieces
+from evaluation.score import ScoreConfig, score_run
 from model.checkpoint import load_causal_lm
 from model.files import read_json
-from evaluation.score import ScoreConfig, score_run
 from tests.evaluation.conftest import write_notes
 from tests.training.test_run import Dies, die_at, metrics_of, weights_and_states
 from training.assemble import load_notes, source_pieces
@@ -70,7 +70,7 @@ def evaluated(out: Path, *words: str) -> dict[str, Any]:
 def test_two_sources_are_drawn_recorded_and_scored(
     mixed: MakeConfig, base: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    config = mixed(steps=12, eval_every=12)
+    config = mixed(steps=15, eval_every=15)
     dry_run(config)
     plan = capfd.readouterr().out
     out = run(config)
@@ -194,7 +194,9 @@ def test_bad_sources_are_one_line(
 def test_without_weights_each_source_counts_as_what_it_has(
     mixed: MakeConfig, notes: Path, general: Path
 ) -> None:
-    config = mixed(data=(f"notes={notes}", f"general={general}"), steps=None, epochs=2.0)
+    config = mixed(
+        data=(f"notes={notes}", f"general={general}"), steps=None, epochs=2.0, eval_every=99
+    )
     record = read_json(run(config) / "run.json")
     has = [source["train_tokens"] for source in record["sources"]]
     assert [source["share"] for source in record["sources"]] == [n / sum(has) for n in has]
