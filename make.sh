@@ -91,7 +91,7 @@ offline() {
 
 # lock KIND [DIR]: asks PyPI alone, whatever else this machine is set up to ask, so no private host gets in.
 lock() {
-    local extras=(--extra mimic --extra report --extra search --extra tensorboard --extra tokenizers) torch=() aside about
+    local extras=(--extra mimic --extra search --extra tensorboard --extra tokenizers) torch=() aside about
     about="Torch is the build on PyPI, which brings CUDA 13."
     aside=$(mktemp -d)
     if [[ $1 == cpu ]]; then

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 from tests.evaluation.conftest import base, notes  # noqa: F401 (fixtures)
 
 KINDS = ("cpu", "cuda")
-LOCKED_EXTRAS = ("mimic", "report", "search", "tensorboard", "tokenizers")
+LOCKED_EXTRAS = ("mimic", "search", "tensorboard", "tokenizers")
 
 
 def pins(kind: str) -> dict[str, tuple[str, list[str]]]:
