@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Sets up a virtual environment in .venv, then does one thing in it. Every command can be run again.
 #
-#   bash make.sh demo            both training stages and the evaluation, on the embedded base and a synthetic cohort
+#   bash make.sh demo            both training stages and the evaluation, on the embedded base and a synthetic cohort;
+#                                stopped, it goes on where it was
 #   bash make.sh test [ARGS]     the tests; arguments go to pytest
 #   bash make.sh check           lint, formatting and types
 #   bash make.sh setup           the environment alone
@@ -127,12 +128,27 @@ show() {
     "$@"
 }
 
+# go_on FOLDER COMMAND: train.py goes on with the run in FOLDER, or finds it finished. Where that was another run (the
+# settings, the notes or the code have changed since), it begins anew.
+go_on() {
+    local folder=$1 code=0
+    shift
+    if [[ -f $folder/run.json ]]; then
+        show "$@" --out "$folder" --resume || code=$?
+        # 2: what is there is not this run; anything else has ended it.
+        if [[ $code -ne 2 ]]; then
+            return $code
+        fi
+    fi
+    show "$@" --out "$folder" --overwrite
+}
+
 case "${1:-}" in
     demo)
         set_up mimic
         python=.venv/bin/python
-        show $python train.py --stage clinical --out runs/demo/clinical --overwrite
-        show $python train.py --stage downstream --task mor --init-adapter runs/demo/clinical --out runs/demo/downstream --overwrite
+        go_on runs/demo/clinical $python train.py --stage clinical
+        go_on runs/demo/downstream $python train.py --stage downstream --task mor --init-adapter runs/demo/clinical
         show $python eval.py --run runs/demo/downstream
         ;;
     test)

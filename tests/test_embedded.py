@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from lora.attach import adapter_parameters, without_adapters
 from model.batch import TokenBatch
 from model.checkpoint import load_causal_lm
 from model.generation import GenerationConfig, generate
+from tests.conftest import ROOT
 from training.assemble import restore
 from training.stages import EMBEDDED_BASE
 
@@ -92,6 +94,37 @@ def test_two_short_stages_learn_with_both_adapters(
     message = capsys.readouterr().err
     assert "--resume" in message
     assert "--overwrite" in message
+
+
+def test_the_demonstration_goes_on_where_it_was(tmp_path: Path) -> None:
+    """make.sh with a Python that only notes what it is told, and ends as the test says."""
+    for name in ("make.sh", "pyproject.toml"):
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(
+        "#!/usr/bin/env bash\n"
+        'echo "$*" >>told\n'
+        'case "$*" in *--resume*) exit "$(<code)" ;; esac\n'
+        'for word in "$@"; do if [[ $word == runs/demo/* ]]; then folder=$word; fi; done\n'
+        'mkdir -p "$folder" && touch "$folder/run.json"\n'
+    )
+    python.chmod(0o755)
+    installed = 'echo "$(cksum <pyproject.toml) $PWD" >.venv/.installed-mimic'
+    subprocess.run(["bash", "-c", installed], cwd=tmp_path, check=True)
+
+    def demo(code: int) -> tuple[int, list[str]]:
+        (tmp_path / "code").write_text(str(code))
+        (tmp_path / "told").unlink(missing_ok=True)
+        done = subprocess.run(["bash", "make.sh", "demo"], cwd=tmp_path, capture_output=True)
+        told = (tmp_path / "told").read_text().splitlines()
+        return done.returncode, [line.split()[-1] for line in told]
+
+    run = "runs/demo/downstream"
+    assert demo(0) == (0, ["--overwrite", "--overwrite", run])  # nothing is there
+    assert demo(0) == (0, ["--resume", "--resume", run])  # unfinished, or finished
+    assert demo(143) == (143, ["--resume"])  # stopped
+    assert demo(2) == (0, ["--resume", "--overwrite"] * 2 + [run])  # runs of other settings
 
 
 @pytest.mark.slow

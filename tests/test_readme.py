@@ -57,7 +57,7 @@ def test_commands_of_the_readme_are_understood(command: str) -> None:
 
 
 def test_commands_of_the_demonstration_are_understood() -> None:
-    shown = re.findall(r"^ +show \$python (.*)$", MAKE, re.MULTILINE)
+    shown = re.findall(r"^ +(?:show|go_on \S+) \$python (.*)$", MAKE, re.MULTILINE)
     assert len(shown) == 3
     for command in shown:
         check(f"python {command}")
