@@ -1,5 +1,7 @@
 """Continuous pretraining on several sources: shares, records, resume, scores, what is forgotten."""
 
+import csv
+import itertools
 import json
 import math
 import re
@@ -15,11 +17,14 @@ from torch import nn
 
 import eval as eval_command
 import train
+from data.general_text import write_general_text
 from data.loader import iter_batches
 from data.packing import LanguagePieces
+from data.tokenizer import load_tokenizer
 from evaluation.score import ScoreConfig, score_run
 from model.checkpoint import load_causal_lm
 from model.files import read_json
+from model.generation import GenerationConfig, generate
 from tests.evaluation.conftest import write_notes
 from tests.training.test_run import Dies, die_at, metrics_of, weights_and_states
 from training.assemble import load_notes, source_pieces
@@ -29,6 +34,7 @@ from training.objective import LanguageModelling
 from training.optim import make_adamw
 from training.parallel import Ranks
 from training.run import run
+from training.stages import EMBEDDED_BASE, pretrain
 from training.step import optimiser_step
 
 CPU = torch.device("cpu")
@@ -281,3 +287,100 @@ def test_updates_too_small_for_bfloat16_are_kept(
     if states == "float32":
         lost = trained(torch.bfloat16, 1e-6, 30)[name]
         assert (lost == 0).float().mean() > 0.9
+
+
+# Forgetting ---------------------------------------------------------------------------------------
+
+
+def perplexities(out: Path, general: Path) -> dict[str, tuple[float, float]]:
+    """Test perplexity and that of the base, of the notes and of the general texts."""
+    own = score_run(ScoreConfig(run=str(out), device="cpu"))["per_source"]
+    if "general" not in own:  # not trained on: scored as other notes, split by the same rule
+        other = ScoreConfig(run=str(out), data=str(general), split="test", device="cpu")
+        own["general"] = score_run(other)
+    return {name: (of["perplexity"], of["perplexity_base"]) for name, of in own.items()}
+
+
+def check_that_replay_forgets_less(config: RunConfig, notes: Path, general: Path) -> None:
+    """Trained on notes alone, then with a fifth of general text, for as many tokens."""
+    alone, replay = (
+        perplexities(run(replace(config, data=data, out=f"{config.out}-{name}")), general)
+        for name, data in (
+            ("alone", (f"notes={notes}:1",)),
+            ("replay", (f"notes={notes}:0.8", f"general={general}:0.2")),
+        )
+    )
+    assert alone["general"][1] == pytest.approx(replay["general"][1], rel=1e-6)
+    base = {name: alone[name][1] for name in alone}
+    for found in (alone, replay):
+        assert found["notes"][0] < 0.7 * base["notes"]
+    assert alone["general"][0] > 1.05 * base["general"]
+    assert replay["general"][0] - base["general"] < 0.5 * (alone["general"][0] - base["general"])
+
+
+def test_replay_forgets_less(tmp_path: Path) -> None:
+    """The embedded base, which knows the general texts, on notes made of other words."""
+    config = replace(
+        pretrain(),
+        model=str(EMBEDDED_BASE),
+        max_length=128,
+        batch_tokens=1024,
+        test_share=0.3,
+        epochs=None,
+        steps=16,
+        lr=2e-3,
+        eval_every=99,
+        eval_tokens=500,
+        keep="last",
+        device="cpu",
+        workers=1,
+        out=str(tmp_path / "run"),
+    )
+    general = write_general_text(tmp_path / "general", documents=80, seed=7)
+    notes = write_notes(tmp_path / "notes.csv", patients=120, seed=3)
+    check_that_replay_forgets_less(config, notes, general)
+
+
+def sampled(base: Path, folder: Path, *, count: int) -> Path:
+    """Texts that the base itself writes, a file each: what it knows, where nobody has its data."""
+    model, tokenizer = load_causal_lm(base), load_tokenizer(base)
+    assert tokenizer.bos_id is not None
+    settings = GenerationConfig(
+        max_new_tokens=250,
+        temperature=1.0,
+        stop_ids=(tokenizer.bos_id, model.config.eos_token_ids[0]),
+    )
+    folder.mkdir()
+    for i, ids in enumerate(generate(model, [[tokenizer.bos_id]] * count, settings)):
+        ids = [token for token in ids if token not in settings.stop_ids]
+        (folder / f"{i:04d}.txt").write_text(tokenizer.decode(ids))
+    return folder
+
+
+@pytest.mark.slow
+def test_replay_forgets_less_on_real_notes(real_data: Path, tmp_path: Path) -> None:
+    """A LLaMA trained on stories, 120 real notes, and stories that it wrote; three seeds."""
+    base = real_data / "stories260k"
+    general = sampled(base, tmp_path / "stories", count=200)
+    with (real_data / "notes" / "medical_notes_500.csv").open(newline="") as file:
+        rows = list(itertools.islice(csv.DictReader(file), 120))
+    notes = tmp_path / "notes.csv"
+    with notes.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["text"], *([row["text"]] for row in rows)])
+    config = replace(
+        pretrain(),
+        model=str(base),
+        batch_tokens=2048,
+        epochs=None,
+        steps=30,
+        lr=2e-3,
+        optim=OptimSettings(schedule="cosine", min_lr_ratio=0.1, beta2=0.95, weight_decay=0.1),
+        eval_every=99,
+        eval_tokens=1000,
+        keep="last",
+        device="cpu",
+    )
+    for seed in range(3):
+        out = str(tmp_path / f"seed{seed}")
+        check_that_replay_forgets_less(replace(config, seed=seed, out=out), notes, general)
