@@ -451,7 +451,7 @@ def _fits(hint: Any, word: str) -> bool:
         if part is type(None):
             fits = word == "None"
         elif typing.get_origin(part) is typing.Literal:
-            fits = word in typing.get_args(part)
+            fits = word in map(str, typing.get_args(part))
         else:
             try:
                 part(word)
@@ -468,7 +468,7 @@ def _describe(hint: Any) -> str:
     """A type in words: "a whole number or None"."""
     words = {int: "a whole number", float: "a number", str: "text", type(None): "None"}
     return " or ".join(
-        "one of " + ", ".join(typing.get_args(part)) if part not in words else words[part]
+        "one of " + ", ".join(map(str, typing.get_args(part))) if part not in words else words[part]
         for part in _parts(hint)
     )
 

@@ -16,7 +16,7 @@ from data.questions import LETTERS, Question, read_questions
 from data.tokenizer import load_tokenizer
 from evaluation.answering import Asked, ModelAnswerer, Prompt, Scored, Written
 from evaluation.prompting import letter_prompt, parse_answer
-from evaluation.questions import accuracies, confusion, paired_accuracy
+from evaluation.questions import QuestionConfig, accuracies, confusion, paired_accuracy
 from evaluation.strategies import STRATEGIES, Setting, StrategyName
 from model.checkpoint import load_causal_lm
 from model.generation import GenerationConfig
@@ -254,3 +254,12 @@ def test_what_a_strategy_has_no_use_for_is_refused(words: list[str], told: str) 
     asked = ["--mcq", "medqa", "--data", "x", "--model", "x", "--out", "x", *words]
     with pytest.raises(ValueError, match=told):
         command.read_command(asked)
+
+
+def test_numbers_to_choose_from_are_read() -> None:
+    asked = ["--mcq", "medmcqa", "--data", "x", "--model", "x", "--out", "x", "--answers-from"]
+    read = command.read_command([*asked, "1"])
+    assert isinstance(read, QuestionConfig)
+    assert read.answers_from == 1
+    with pytest.raises(ValueError, match="--answers-from must be one of 0, 1 or None, got '2'"):
+        command.read_command([*asked, "2"])
