@@ -1,9 +1,10 @@
 """A language model as strategies use it: log-likelihoods, written text, and embeddings of text.
 
 The invariant: what is found of one prompt depends on the model, the prompt and its seed alone, up
-to rounding; prompts are put together for speed and in an order that follows from their lengths.
+to rounding; prompts are put together for speed, and what most of them begin with is read once.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple, Protocol
@@ -18,6 +19,10 @@ from model.batch import TokenBatch
 from model.ending import RunFailed
 from model.generation import GenerationConfig, generate
 from model.heads import CausalLM
+from model.shared_prefix import can_share, shared_prefix
+
+# A common beginning of fewer tokens is not worth a pass of its own.
+_LEAST_SHARED = 64
 
 
 class Prompt(NamedTuple):
@@ -110,13 +115,19 @@ class ModelAnswerer:
         for i, one in enumerate(asked):
             whole, start, is_shortened[i] = self._ids(one)
             rows.setdefault(tuple(whole[:-1]), []).append((i, start, whole[-1]))
-        inputs = sorted(rows, key=len)
-        for first, last in _micro_batches([len(ids) for ids in inputs], self.micro_tokens):
-            for ids, scores in zip(
-                inputs[first:last], self._log_probabilities(inputs[first:last], rows), strict=True
-            ):
-                for (i, _, _), score in zip(rows[ids], scores, strict=True):
-                    totals[i] = score
+        inputs = list(rows)
+        # The row that predicts a continuation's first token is the input's own.
+        limits = [min(start for _, start, _ in rows[ids]) - 1 for ids in inputs]
+        for members, shared in self._alike(inputs, limits):
+            parts = sorted((inputs[i] for i in members), key=len)
+            with shared_prefix(self.model.model, parts[0][:shared]):
+                lengths = [len(ids) - shared for ids in parts]
+                for first, last in _micro_batches(lengths, self.micro_tokens):
+                    chosen = parts[first:last]
+                    found = self._log_probabilities(chosen, shared, rows)
+                    for ids, scores in zip(chosen, found, strict=True):
+                        for (i, _, _), score in zip(rows[ids], scores, strict=True):
+                            totals[i] = score
         if not np.isfinite(totals).all():
             raise RunFailed("a log-likelihood is not finite")
         return [Scored(*found) for found in zip(totals, is_shortened, strict=True)]
@@ -137,24 +148,29 @@ class ModelAnswerer:
         stop = self.tokenizer.eos_id
         config = replace(config, stop_ids=() if stop is None else (stop,))
         fitted = [self._fitted(prompt, "", room) for prompt in prompts]
-        ids_of = [self._cut(ids, room) for _, ids, _ in fitted]
-        # Prompts of nearly one length together: a cache is as wide as its longest.
-        order = sorted(range(len(prompts)), key=lambda i: len(ids_of[i]))
-        lengths = [len(ids_of[i]) + config.max_new_tokens for i in order]
+        ids_of = [tuple(self._cut(ids, room)) for _, ids, _ in fitted]
 
         def has_ended(new: Sequence[int]) -> bool:
             # A token is a byte at least, and the first one decoded may be part of a letter.
             return end in self._text(new[-len(end.encode()) - 4 :])
 
         written: dict[int, Written] = {}
-        for first, last in _micro_batches(lengths, self.cache_tokens):
-            chosen = order[first:last]
-            given, drawn = [ids_of[i] for i in chosen], [seeds[i] for i in chosen]
-            new = generate(
-                self.model, given, config, seeds=drawn, has_ended=has_ended if end else None
-            )
-            for i, ids in zip(chosen, new, strict=True):
-                written[i] = Written(self._text(ids), len(ids), fitted[i][2])
+        for members, shared in self._alike(ids_of, [len(ids) - 1 for ids in ids_of]):
+            # Prompts of nearly one length together: a cache is as wide as its longest.
+            members.sort(key=lambda i: len(ids_of[i]))
+            lengths = [len(ids_of[i]) + config.max_new_tokens for i in members]
+            with shared_prefix(self.model.model, ids_of[members[0]][:shared]):
+                for first, last in _micro_batches(lengths, self.cache_tokens):
+                    chosen = members[first:last]
+                    new = generate(
+                        self.model,
+                        [ids_of[i][shared:] for i in chosen],
+                        config,
+                        seeds=[seeds[i] for i in chosen],
+                        has_ended=has_ended if end else None,
+                    )
+                    for i, ids in zip(chosen, new, strict=True):
+                        written[i] = Written(self._text(ids), len(ids), fitted[i][2])
         return [written[i] for i in range(len(prompts))]
 
     @torch.inference_mode()
@@ -216,6 +232,33 @@ class ModelAnswerer:
             raise ValueError("an option is longer than the model's positions, or has no context")
         return kept, start, is_shortened
 
+    def _alike(
+        self, inputs: Sequence[tuple[int, ...]], limits: Sequence[int]
+    ) -> Iterator[tuple[list[int], int]]:
+        """Inputs that begin alike, and with how many tokens; then all others, with 0.
+
+        limits: how many tokens of each may be shared. Where less than half begin alike none do: a
+        small group passes slowly by itself.
+        """
+        if not inputs:
+            return
+        members, shared = list[int](), 0
+        begins = Counter(ids[:_LEAST_SHARED] for ids in dict.fromkeys(inputs))
+        begin, count = begins.most_common(1)[0]
+        if 1 < count >= len(inputs) / 2 and len(begin) == _LEAST_SHARED:
+            members = [i for i, ids in enumerate(inputs) if ids[:_LEAST_SHARED] == begin]
+            ends = min(inputs[i] for i in members), max(inputs[i] for i in members)
+            shared = min(limits[i] for i in members)
+            while ends[0][:shared] != ends[1][:shared]:
+                shared -= 1
+            if shared < _LEAST_SHARED or not can_share(self.model.model, shared):
+                members, shared = [], 0
+        if members:
+            yield members, shared
+        others = sorted(set(range(len(inputs))) - set(members))
+        if others:
+            yield others, 0
+
     def _hidden(self, inputs: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
         """Rows [M, D] after the last norm, and where each input begins and the last one ends."""
         offsets = np.cumsum([0, *map(len, inputs)]).tolist()
@@ -226,12 +269,14 @@ class ModelAnswerer:
     def _log_probabilities(
         self,
         inputs: Sequence[tuple[int, ...]],
+        shared: int,
         rows: Mapping[tuple[int, ...], list[tuple[int, int, int]]],
     ) -> Iterator[list[float]]:
-        hidden_MD, offsets = self._hidden(inputs)
-        for begin, ids in zip(offsets, inputs, strict=False):
+        """Of inputs behind `shared` of their tokens the scores of each one's continuations."""
+        hidden_MD, offsets = self._hidden([ids[shared:] for ids in inputs])
+        for end, ids in zip(offsets[1:], inputs, strict=True):
             least = min(start for _, start, _ in rows[ids])
-            part: Tensor = hidden_MD[begin + least - 1 : begin + len(ids)]
+            part: Tensor = hidden_MD[end - len(ids) + least - 1 : end]
             logits = self.model.head_logits(part)
             wide = torch.promote_types(logits.dtype, torch.float32)
             log_p = logits.to(wide).log_softmax(-1).cpu()

@@ -151,6 +151,13 @@ class KVCache:
         )
         return out_nGQH.flatten(1, 2)
 
+    def rows(self, start: int) -> Tensor:
+        """Keys and values of a single sequence from a token on: [P, L, 2, G, H]."""
+        assert len(self.lengths) == 1 and self.lengths[0] <= self._slots_each
+        stored = slice(start, self.lengths[0])
+        pairs = zip(self._keys, self._values, strict=True)
+        return torch.stack([torch.stack((k[0, stored], v[0, stored]), 1) for k, v in pairs], 1)
+
     def keep(self, rows: Sequence[int]) -> None:
         """Drop every sequence but these."""
         index = torch.tensor(rows, dtype=torch.int64, device=self._keys[0].device)

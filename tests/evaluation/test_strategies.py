@@ -29,6 +29,7 @@ from evaluation.prompting import (
 )
 from evaluation.strategies import STRATEGIES, Setting, StrategyName
 from evaluation.writing import majority, orders, reasoning_tries, seed_of, spread_places
+from model.batch import TokenBatch
 from model.checkpoint import load_causal_lm
 from model.generation import GenerationConfig
 from tests.evaluation.test_questions import made_questions
@@ -459,3 +460,33 @@ def test_writing_stops_where_nothing_more_is_read(base: Path) -> None:
         assert (other.new_tokens < one.new_tokens) == (cut != one.text)
     assert short[0].text.endswith(end)
     assert short[0].new_tokens < 40
+
+
+def test_what_prompts_begin_with_is_read_once(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_causal_lm(base)
+    answerer = ModelAnswerer(model, load_tokenizer(base), CPU, micro_tokens=4096)
+    shots = ("the patient was seen in clinic with chest pain. " * 8,)
+    texts = ["Which?", "fever and pain, or what is it?", "Why now?", "aspirin?"]
+    prompts = [Prompt(text, shots) for text in texts]
+    asked = [Asked(p, f" {letter}") for p in [*prompts, Prompt("alone?")] for letter in "AB"]
+    config = GenerationConfig(max_new_tokens=6, temperature=1.0)
+    seeds = [4, 5, 6, 7]
+    alone = [answerer.log_likelihoods([one])[0].log_likelihood for one in asked]
+    each = [answerer.complete([p], config, [s])[0] for p, s in zip(prompts, seeds, strict=True)]
+    read: list[int] = []
+    forward = model.model.forward
+
+    def counted(batch: TokenBatch, **more: Any) -> torch.Tensor:
+        read.append(len(batch.input_ids))
+        return forward(batch, **more)
+
+    monkeypatch.setattr(model.model, "forward", counted)
+    together = [one.log_likelihood for one in answerer.log_likelihoods(asked)]
+    assert together == pytest.approx(alone, abs=1e-5)
+    assert answerer.complete(prompts, config, seeds) == each
+    front = len(answerer.tokenizer.encode(shots[0]))
+    assert front > 64
+    # The front once for each; the rest of each prompt, and the prompt that begins otherwise.
+    assert [front - 8 < n <= front + 1 for n in (read[0], read[3])] == [True, True]
+    assert read[1] + read[4] < front
+    assert len(read) == 5
