@@ -35,6 +35,7 @@ from data.tables import COLUMNS
 SUMMARY_BYTES = 10_000
 HOURLY_ITEMS = 20  # charted rows of a patient's hour, one of them of the ventilator
 STAY_HOURS = 240
+LINES = 10_000  # that notes are made of
 EPOCH = datetime(2150, 1, 1)
 
 
@@ -157,17 +158,18 @@ def _summary(rng: random.Random, stay: int) -> str:
     parts = []
     for header in (*known, *later):
         count = SUMMARY_BYTES // 8 // (12 if header in known else 4)
-        lines = rng.choices(_lines(), k=count // 10)
-        parts.append(f"{header}:\n" + "\n".join(lines))
+        begin = rng.randrange(LINES)
+        parts.append(f"{header}:\n" + "\n".join(_lines()[begin : begin + count // 10]))
     return f"Stay {stay}\n\n" + "\n\n".join(parts)
 
 
 @functools.cache
 def _lines() -> list[str]:
-    """Lines of ten words of a vocabulary of 500."""
+    """Lines of ten words of a vocabulary of 500, and after them the first thousand again."""
     rng = random.Random(0)
     words = [f"word{number}" for number in range(500)]
-    return [" ".join(rng.choices(words, k=10)) for _ in range(10_000)]
+    lines = [" ".join(rng.choices(words, k=10)) for _ in range(LINES)]
+    return lines + lines[:1000]
 
 
 if __name__ == "__main__":
