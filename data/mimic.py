@@ -31,19 +31,23 @@ from data import demographics
 from data.demographics import Demographics
 from data.notes import Note
 from data.outcomes import (
+    LABEL_TITLES,
     MIMIC3,
     MIMIC4,
     MULTILABEL_TASKS,
     NEEDS,
     REASONS,
     TASKS,
+    TITLES,
     UNTOLD_TASKS,
     Layout,
     Outcomes,
 )
 from data.tables import NOT_A_TIME, Table, connect, find_table, holds, import_duckdb, not_whole
 
-__all__ = ["MULTILABEL_TASKS", "TASKS", "AdmissionNotes", "open_mimic"]
+__all__ = [
+    "LABEL_TITLES", "MULTILABEL_TASKS", "TASKS", "TITLES", "AdmissionNotes", "open_mimic",
+]  # fmt: skip
 
 # Part of every fingerprint: raise it when a change here or in data.outcomes changes the notes.
 RULES = "admission notes 3"

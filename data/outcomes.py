@@ -23,6 +23,21 @@ from data.ventilation import load_spans
 
 TASKS = ("pmv", "mor", "los", "diag", "proc")
 MULTILABEL_TASKS = ("diag", "proc")
+# What people read instead of a task's name, and instead of its labels where these are numbers.
+TITLES = {
+    "pmv": "prolonged mechanical ventilation",
+    "mor": "in-hospital mortality",
+    "los": "length of stay",
+    "diag": "diagnosis groups",
+    "proc": "procedure groups",
+}
+LABEL_TITLES = {
+    "pmv": {"0": "ventilated for under 7 days", "1": "ventilated for 7 days or more"},
+    "mor": {"0": "survived", "1": "died in hospital"},
+    "los": {
+        "0": "up to 3 days", "1": "over 3 to 7 days", "2": "over 7 to 14 days", "3": "over 14 days"
+    },
+}  # fmt: skip
 # The tasks whose notes must not tell of the patient's death.
 UNTOLD_TASKS = ("pmv", "mor")
 

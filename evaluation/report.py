@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import precision_recall_curve, roc_curve
 
+from data.mimic import LABEL_TITLES, TITLES
 from evaluation.figures import UNIT_TICKS, Axis, Line, chart
 from evaluation.page import (
     charts,
@@ -123,7 +124,7 @@ def report_html(
             _thresholds(results),
             _subgroups(results),
             _comparison(results),
-            _labels(results),
+            _labels(results, record["config"]["task"]),
         ]
     sections += [_notes(results, record), _training(history), _settings(results, record)]
     return page(_title(record), sections)
@@ -147,9 +148,15 @@ def seen_warning(results: Mapping[str, Any]) -> str | None:
 
 def _title(record: Mapping[str, Any]) -> str:
     config = record["config"]
-    of = {"mor": "in-hospital mortality", "label": config.get("label_column")}
-    task = of.get(config["task"], config["task"]) or f"stage {config['stage']}"
+    of = {**TITLES, "label": config.get("label_column")}
+    task = of.get(config["task"]) or f"stage {config['stage']}"
     return f"{Path(config['out']).name}: {task}"
+
+
+def label_titles(task: str | None, label_names: Sequence[str]) -> list[str]:
+    """What people read instead of the labels: those of MIMIC's classes in words."""
+    of_task = LABEL_TITLES.get(task or "", {})
+    return [of_task.get(name, name) for name in label_names]
 
 
 def _summary(results: Mapping[str, Any], record: Mapping[str, Any]) -> str:
@@ -163,7 +170,8 @@ def _summary(results: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     if results.get("clusters_are") == "patients":
         clusters = f" of {results['clusters']:,} patients"
     if "positives" in results:
-        outcome = f'The outcome is "{record["labels"][1]}", in {results["positives"]:,} notes. '
+        _, name = label_titles(record["config"]["task"], record["labels"])
+        outcome = f'The outcome is "{name}", in {results["positives"]:,} notes. '
     parts = [
         f"<h1>{escape(_title(record))}</h1>",
         f'<p class="source">{results["n"]:,} {split[0]}{clusters}, {split[1]}. '
@@ -404,16 +412,17 @@ def _comparison(results: Mapping[str, Any]) -> str:
     )
 
 
-def _labels(results: Mapping[str, Any]) -> str:
+def _labels(results: Mapping[str, Any], task: str | None) -> str:
     if "per_label" not in results:
         return ""
+    titles = label_titles(task, list(results["per_label"]))
     rows = [
         [
             name,
             f"{label['positives']:,}",
             *(number_with_interval(label[key], label[f"{key}_ci"]) for key in ("auroc", "auprc")),
         ]
-        for name, label in results["per_label"].items()
+        for name, label in zip(titles, results["per_label"].values(), strict=True)
     ]
     return section(
         "Label by label",

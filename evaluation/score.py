@@ -42,7 +42,7 @@ from evaluation.metrics import (
 from evaluation.paired import paired_metrics
 from evaluation.perplexity import language_metrics
 from evaluation.predictions import read_predictions, write_predictions
-from evaluation.report import Curves, read_history, seen_warning, write_report
+from evaluation.report import Curves, label_titles, read_history, seen_warning, write_report
 from evaluation.subgroups import subgroup_rows
 from evaluation.thresholds import chosen_thresholds, threshold_table
 from model.checkpoint import base_fingerprint
@@ -72,6 +72,7 @@ from training.run_folder import locked, private_files
 from training.validation import classifier_logits
 
 Split = Literal["train", "validation", "test"]
+MOST_LABELS_SAID = 12  # one by one on the terminal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,9 +97,9 @@ class ScoreConfig:
     """Folder of another run, already scored on the same notes: is the difference chance?"""
     subgroup_columns: tuple[str, ...] = ()
     """A table's columns of a few categories (sex, age, insurance), scored one by one."""
-    label_scores: LabelScores = "sigmoid"
+    label_scores: LabelScores | None = None
     """Several labels a note: rank each label by its own sigmoid, or, as the paper does, by the
-    softmax over all labels."""
+    softmax over all labels. Default: softmax for runs of --cohort paper."""
     calibrate: bool = True
     """Fit a temperature and thresholds on the run's validation notes, which are scored for it."""
     bootstrap: int = 1000
@@ -202,7 +203,14 @@ def summary(results: dict[str, Any]) -> Iterator[str]:
         chance = "" if found["p"] is None else f", p {found['p']:.3g}"
         difference = _with_interval(found["difference"], found["ci"])
         yield f"auroc above {results['comparison']['run']} by {difference}{chance}"
-    for name, label in results.get("per_label", {}).items():
+    per_label = results.get("per_label", {})
+    if len(per_label) > MOST_LABELS_SAID:
+        yield (
+            f"  auroc is the mean of {results['labels_scored']:,} of {len(per_label):,} labels: "
+            "results.json and report.html have them one by one"
+        )
+        return
+    for name, label in per_label.items():
         auroc_of_label = _with_interval(label["auroc"], label["auroc_ci"])
         yield f"  auroc of {name} ({label['positives']:,}) {auroc_of_label}"
 
@@ -312,18 +320,22 @@ def _score_classifier(
     has_patients = notes.cache.patient_digests is not None
     clusters = patient_groups(notes.cache, rows)
     how: dict[str, Any] = {"resamples": config.bootstrap, "seed": config.seed}
+    by_default: LabelScores = (
+        "softmax" if multilabel and finished.config.cohort == "paper" else "sigmoid"
+    )
+    label_scores = config.label_scores or by_default
     results |= {
         "bootstrap": config.bootstrap,
         "seed": config.seed,
         "clusters_are": "patients" if has_patients else "texts",
-        "label_scores": config.label_scores,
+        "label_scores": label_scores,
     }
     results |= classification_metrics(
         test.labels,
         test.logits,
         finished.label_names,
         clusters=clusters,
-        label_scores=config.label_scores,
+        label_scores=label_scores,
         **how,
     )
     risk = opened.source.known_risk() if isinstance(opened.source, AdmissionNotes) else None
@@ -351,7 +363,7 @@ def _score_classifier(
         test.logits,
         finished.label_names,
         clusters=clusters,
-        label_scores=config.label_scores,
+        label_scores=label_scores,
         **how,
     )
     results["exclusions"] = getattr(opened.source, "counts", None)
@@ -363,10 +375,11 @@ def _score_classifier(
             chances,
             others,
             clusters=clusters,
-            label_scores=config.label_scores,
+            label_scores=label_scores,
             **how,
         )
-    curves = Curves.of(test.labels, chances, finished.label_names)
+    shown = label_titles(finished.config.task, finished.label_names)
+    curves = Curves.of(test.labels, chances, shown)
     with _eval_folder(config, opened) as folder:
         write_json(folder / "results.json", results)
         write_predictions(

@@ -9,8 +9,9 @@
               downstream adapter and without; encoders trained whole and by LoRA
 
 A cell's figure stands with its interval (patients resampled) beside the published one. The macro
-average is the plain mean of a row's tasks. `--clinical-config` and `--downstream-config` are files
-for --config of train.py, for all cells of a stage. The invariant: whatever is finished is taken as
+average is the plain mean of a row's tasks. `--preset paper` gives every cell the published settings
+of its row; `--clinical-config` and `--downstream-config` are files for --config of train.py, for
+all cells of a stage, and win over it. The invariant: whatever is finished is taken as
 it is, and the same command goes on where it was; the tables are written anew after every cell.
 """
 
@@ -31,6 +32,8 @@ from training.command_line import read_command
 from training.config import RunConfig
 from training.run_folder import private_files
 
+PMC_LLAMA = "pmc-llama"  # the base with settings of its own, and the name of its special tokens
+PAPER_SEED = 1234  # the first one of --preset paper
 METHODS = ("lora", "adaption-prompt", "prefix", "prompt", "p-tuning")
 
 # How the flags of train.py make each row of table 3; {clinical} is the base's clinical run.
@@ -57,6 +60,7 @@ class Study:
     tasks: tuple[str, ...] = TASKS
     methods: tuple[str, ...] = METHODS
     seeds: tuple[int, ...] = (0,)
+    is_paper: bool = False  # every cell takes the published settings of its row
     clinical_config: str | None = None
     downstream_config: str | None = None
     bootstrap: int = 1000
@@ -67,6 +71,8 @@ def adaptation_config(study: Study, base: str, method: str) -> RunConfig:
     assert study.notes is not None
     words = ["--stage", "clinical", "--adapter", method, "--model", study.models[base]]
     words += ["--data", study.notes, "--out", str(study.out / "clinical" / base / method)]
+    if study.is_paper:
+        words += ["--preset", "paper-pmc-llama" if base == PMC_LLAMA else "paper-llama"]
     if study.clinical_config is not None:
         words += ["--config", study.clinical_config]
     return read_command(words).config
@@ -80,6 +86,9 @@ def outcome_configs(study: Study, base: str, row: str, task: str) -> list[RunCon
     words = ["--stage", "downstream", "--task", task, "--data", study.data]
     words += ["--model", (study.models if is_decoder else study.encoders)[base]]
     words += [flag.format(clinical=clinical) for flag in flags]
+    if study.is_paper:
+        words += ["--preset", outcome_preset(study, base, row, task)]
+        words += ["--tokenizer-preset", PMC_LLAMA] if base == PMC_LLAMA else []
     if study.downstream_config is not None:
         words += ["--config", study.downstream_config]
     folder = study.out / "outcomes" / base / row / task
@@ -87,6 +96,15 @@ def outcome_configs(study: Study, base: str, row: str, task: str) -> list[RunCon
         read_command([*words, "--seed", str(seed), "--out", str(folder / f"seed-{seed}")]).config
         for seed in study.seeds
     ]
+
+
+def outcome_preset(study: Study, base: str, row: str, task: str) -> str:
+    """The published settings of a cell of table 3."""
+    if base in study.encoders:
+        return "paper-encoder"
+    if (base, row, task) == ("llama", "lora", "mor"):
+        return "paper-lora-mor"
+    return f"paper-outcome-{task}" if row == "trainable+downstream" else "paper-outcome"
 
 
 def outcome_rows(study: Study) -> Iterator[tuple[str, str]]:
@@ -249,10 +267,12 @@ def main(arguments: Sequence[str]) -> int:
         parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
         parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
         parser.add_argument("--seeds", type=int, default=1, help="runs of each outcome cell")
+        parser.add_argument("--preset", choices=("paper",), help="every row's published settings")
         parser.add_argument("--clinical-config", metavar="FILE", help="settings of stage clinical")
         parser.add_argument("--downstream-config", metavar="FILE", help="of stage downstream")
         parser.add_argument("--bootstrap", type=int, default=1000, help="resamples of an interval")
         flags = parser.read(arguments)
+        first_seed = PAPER_SEED if flags.preset else 0
         study = Study(
             out=flags.out,
             data=flags.data,
@@ -261,7 +281,8 @@ def main(arguments: Sequence[str]) -> int:
             encoders=named_folders(flags.encoders, "--encoders"),
             tasks=tuple(dict.fromkeys(flags.tasks)),
             methods=tuple(dict.fromkeys(flags.methods)),
-            seeds=tuple(range(flags.seeds)),
+            seeds=tuple(range(first_seed, first_seed + flags.seeds)),
+            is_paper=flags.preset is not None,
             clinical_config=flags.clinical_config,
             downstream_config=flags.downstream_config,
             bootstrap=flags.bootstrap,

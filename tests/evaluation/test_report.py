@@ -11,7 +11,7 @@ from evaluation.calibration import calibration, fit_temperature
 from evaluation.figures import Axis, Line, chart
 from evaluation.metrics import classification_metrics, probabilities
 from evaluation.paired import paired_metrics
-from evaluation.report import Curves, read_history, report_html
+from evaluation.report import Curves, label_titles, read_history, report_html
 from evaluation.score import ScoreConfig, score_run
 from evaluation.thresholds import chosen_thresholds, threshold_table
 from model.files import read_json
@@ -157,6 +157,52 @@ def test_hostile_names_stay_text(kind: str, record: dict[str, Any]) -> None:
     headings = page.tags("h2")
     assert len(headings) == 8
     assert len(page.tags("svg")) == 5
+
+
+@pytest.mark.parametrize(
+    ("task", "title", "classes"),
+    [
+        ("mor", "in-hospital mortality", ["survived", "died in hospital"]),
+        (
+            "pmv",
+            "prolonged mechanical ventilation",
+            ["ventilated for under 7 days", "ventilated for 7 days or more"],
+        ),
+        (
+            "los",
+            "length of stay",
+            ["up to 3 days", "over 3 to 7 days", "over 7 to 14 days", "over 14 days"],
+        ),
+        ("diag", "diagnosis groups", None),
+        ("proc", "procedure groups", None),
+    ],
+)
+def test_tasks_and_classes_of_mimic_are_told_in_words(
+    task: str, title: str, classes: list[str] | None, record: dict[str, Any]
+) -> None:
+    rng = np.random.default_rng(1)
+    names = ["038", "401", "V58"] if classes is None else [str(c) for c in range(len(classes))]
+    labels = rng.integers(0, len(names), 80)
+    if classes is None:
+        labels = (rng.random((80, 3)) < 0.4).astype(int)
+    logits = rng.normal(size=(80, len(names)))
+    results = hostile_results(labels, logits, names)
+    shown = label_titles(task, names)
+    assert shown == (classes or names)
+    chances = probabilities(logits, multilabel=labels.ndim == 2)
+    config = {**record["config"], "task": task}
+    page = check_page(
+        report_html(
+            results,
+            {**record, "config": config, "labels": names},
+            [],
+            Curves.of(labels, chances, shown),
+        )
+    )
+    assert f": {title}" in page.text
+    told = shown[-1:] if len(names) == 2 else shown
+    assert all(page.text.count(name) >= 2 for name in told)
+    assert task == "mor" or 'The outcome is "1"' not in page.text
 
 
 def test_a_page_of_undefined_figures(record: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,16 @@ import pytest
 import evaluation.cells
 from data.synthetic import make_cohort
 from evaluation.published import ADAPTATION, OUTCOMES, TASKS
-from evaluation.study import DECODER_ROWS, Study, _macro, main, outcome_rows
+from evaluation.study import (
+    DECODER_ROWS,
+    ENCODER_ROWS,
+    Study,
+    _macro,
+    adaptation_config,
+    main,
+    outcome_configs,
+    outcome_rows,
+)
 from tests.conftest import ROOT
 from training.run_folder import read_record
 
@@ -154,6 +164,37 @@ def test_without_notes_the_rows_of_the_clinical_adapter_are_left_out(tmp_path: P
     study = Study(out=tmp_path, data="", notes=None, models={"a": ""}, encoders={"b": ""})
     expected = [("b", "full"), ("b", "lora"), ("a", "head"), ("a", "lora")]
     assert list(outcome_rows(study)) == expected
+
+
+def test_the_paper_has_a_preset_for_every_cell(base: Path, tmp_path: Path) -> None:
+    folders = dict.fromkeys(("llama", "pmc-llama"), str(base))
+    study = Study(
+        out=tmp_path, data="D", notes="N", models=folders, encoders={"core": str(base)},
+        is_paper=True, seeds=(1234,),
+    )  # fmt: skip
+    for name in folders:
+        config = adaptation_config(study, name, "prefix")
+        assert config.preset == f"paper-{name}" and config.adapter == "prefix"
+        assert config.prefix.num_virtual_tokens == {"llama": 20, "pmc-llama": 10}[name]
+    expected = {
+        ("llama", "head", "mor"): "paper-outcome",
+        ("llama", "lora", "mor"): "paper-lora-mor",
+        ("pmc-llama", "lora", "mor"): "paper-outcome",
+        ("llama", "trainable+downstream", "proc"): "paper-outcome-proc",
+        ("core", "full", "los"): "paper-encoder",
+        ("core", "lora", "los"): "paper-encoder",
+    }
+    for (name, row, task), preset in expected.items():
+        (config,) = outcome_configs(study, name, row, task)
+        flags = (ENCODER_ROWS if name == "core" else DECODER_ROWS)[row].split()
+        assert (config.preset, config.task, config.seed) == (preset, task, 1234)
+        assert config.adapter == flags[flags.index("--adapter") + 1]
+        assert config.tokenizer_preset == ("pmc-llama" if name == "pmc-llama" else None)
+        assert (config.cohort, config.max_length, config.keep) == ("paper", 128, "last")
+    file = tmp_path / "own.yaml"
+    file.write_text("max-length: 64\n")
+    (config,) = outcome_configs(replace(study, downstream_config=str(file)), "llama", "head", "los")
+    assert (config.max_length, config.preset) == (64, "paper-outcome")
 
 
 def test_the_macro_average_waits_for_all_tasks_and_is_their_plain_mean() -> None:

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.special import logit, softmax
+from sklearn import metrics as sklearn_metrics
 
 from data.mimic import open_mimic
 from data.splits import write_exclusions
 from data.synthetic import make_cohort
 from evaluation.metrics import headline_metrics
-from evaluation.score import ScoreConfig, score_run
+from evaluation.score import ScoreConfig, score_run, summary
 from model.files import read_json
 from training.assemble import load_notes
 from training.config import RunConfig
@@ -70,9 +72,50 @@ def test_diagnoses_are_learned_and_scored_label_by_label(
         assert {name for name in labels if row[f"label_{name}"] == "1"} == known[row["row"]] & set(
             labels
         )
+    # Of more than a dozen labels the terminal has the mean, and says where the others are.
+    lines = list(summary(results))
+    assert len(labels) > 12 and len(lines) < 10
+    scored_labels = sum(label["auroc"] is not None for label in results["per_label"].values())
+    assert f"the mean of {scored_labels:,} of {len(labels):,} labels" in lines[-1]
+    predicted = out / "predicted.csv"
+    score_run(ScoreConfig(run=str(out), split="test", predict=str(predicted)))
+    with predicted.open(newline="") as file:
+        again = list(csv.DictReader(file))
+    assert list(again[0]) == ["row", *(f"p_{name}" for name in labels)]
+    for one, other in zip(rows, again, strict=True):
+        assert {name: one[name] for name in other} == other
     # Sigmoids: nothing makes a note's labels add up to one.
     total = np.array([[float(row[f"p_{name}"]) for name in labels] for row in rows]).sum(1)
     assert (abs(total - 1) > 0.1).all()
+
+
+def test_runs_of_the_papers_cohort_rank_labels_as_the_paper_did(
+    cohort: Path, make_config: Callable[..., RunConfig]
+) -> None:
+    config = replace(diag_config(make_config("downstream"), cohort), cohort="paper", steps=1)
+    out = run(replace(config, eval_every=1))
+    results = score_run(ScoreConfig(run=str(out), bootstrap=0, calibrate=False))
+    assert results["label_scores"] == "softmax"
+    with (out / "eval" / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = [
+        name
+        for name in read_json(out / "run.json")["labels"]
+        if {row[f"label_{name}"] for row in rows} == {"0", "1"}
+    ]
+    every = [name for name in rows[0] if name.startswith("p_")]
+    logits = logit(np.array([[float(row[name]) for name in every] for row in rows]))
+    shares = dict(zip(every, softmax(logits, axis=1).T, strict=True))
+    areas = [
+        sklearn_metrics.roc_auc_score([int(row[f"label_{n}"]) for row in rows], shares[f"p_{n}"])
+        for n in names
+    ]
+    assert results["labels_scored"] == len(names)
+    assert results["auroc"] == pytest.approx(np.mean(areas), abs=1e-9)
+    typed = score_run(
+        ScoreConfig(run=str(out), bootstrap=0, calibrate=False, label_scores="sigmoid")
+    )
+    assert typed["label_scores"] == "sigmoid" and typed["auroc"] != results["auroc"]
 
 
 def test_the_label_list_is_that_of_training_and_of_the_whole_table_in_the_paper(
