@@ -71,9 +71,9 @@ def words_of(text: str) -> list[str]:
     return _WORD.findall(_MASK.sub(" ", text).lower())
 
 
-def shingles(text: str) -> np.ndarray:
-    """Hashes of every run of six words, each once: uint64 [n], ascending."""
-    words = words_of(text)
+def shingles(text: str | Sequence[str]) -> np.ndarray:
+    """Hashes of every run of six words of a text or its words, each once: uint64 [n], ascending."""
+    words = words_of(text) if isinstance(text, str) else text
     codes = np.fromiter((zlib.crc32(word.encode()) for word in words), np.uint64, len(words))
     count = len(codes) - SHINGLE_WORDS + 1
     if count < 1:
@@ -115,8 +115,8 @@ class TestNotes:
         """Whether a text has enough of its shingles, or of a test note's, in common with one."""
         return bool(len(self.sharing(text)))
 
-    def sharing(self, text: str) -> np.ndarray:
-        """The test notes, by number, that a text has enough shingles in common with: int [n]."""
+    def sharing(self, text: str | Sequence[str]) -> np.ndarray:
+        """Numbers of the test notes that a text, or its words, shares enough shingles with: [n]."""
         own = shingles(text)
         first = np.searchsorted(self._hashes, own, side="left")
         counts = np.searchsorted(self._hashes, own, side="right") - first

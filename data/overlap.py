@@ -46,6 +46,7 @@ class TestQuestions:
             if stem:
                 self._by_stem[stem].append(number)
                 self._by_first[tuple(stem.split()[:_FIRST])].append(number)
+        self._heads = {first[0] for first in self._by_first}
         self._firsts = sorted({len(first) for first in self._by_first})
 
     @property
@@ -63,7 +64,7 @@ class TestQuestions:
             number for part in (*parts, words) for number in self._by_stem.get(_spaced(part), ())
         }
         numbers.update(self._with_options(words))
-        numbers.update(self._notes.sharing(f"{instruction}\n{input}").tolist())
+        numbers.update(self._notes.sharing(words).tolist())
         self._held[list(numbers)] = True
         return bool(numbers)
 
@@ -71,10 +72,13 @@ class TestQuestions:
         """Questions that stand among the words with all of their options."""
         candidates = {
             number
+            for at, word in enumerate(words)
+            if word in self._heads  # which most words are not
             for length in self._firsts
-            for at in range(len(words) - length + 1)
             for number in self._by_first.get(tuple(words[at : at + length]), ())
         }
+        if not candidates:
+            return candidates
         text = _spaced(words)
         return {
             number
