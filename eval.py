@@ -51,7 +51,7 @@ def read_command(arguments: Sequence[str]) -> ScoreConfig | QuestionConfig:
 
     With --mcq the flags are those of questions, and --help lists them.
     """
-    if any(word == "--mcq" or word.startswith("--mcq=") for word in arguments):
+    if _asks_questions(arguments):
         typed = split_flags(arguments, flag_types(QuestionFlags))
         asked = parse(QuestionFlags, typed, default=QuestionFlags(mcq="medqa"), prog="eval.py")
         named = {field.name: getattr(asked, field.name) for field in fields(QuestionConfig)}
@@ -63,6 +63,10 @@ def read_command(arguments: Sequence[str]) -> ScoreConfig | QuestionConfig:
         )
     flags = parse(EvalFlags, typed, default=EvalFlags(run=""), prog="eval.py")
     return ScoreConfig(**{field.name: getattr(flags, field.name) for field in fields(ScoreConfig)})
+
+
+def _asks_questions(arguments: Sequence[str]) -> bool:
+    return any(word == "--mcq" or word.startswith("--mcq=") for word in arguments)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -78,7 +82,12 @@ def main(arguments: Sequence[str]) -> int:
         for line in lines:
             print(line)
 
-    return exit_code("eval.py", arguments, work, interrupted="interrupted; nothing was written")
+    done = (
+        "the same command goes on from the answers that were written"
+        if _asks_questions(arguments)
+        else "nothing was written"
+    )
+    return exit_code("eval.py", arguments, work, interrupted=f"interrupted; {done}")
 
 
 if __name__ == "__main__":
