@@ -131,7 +131,8 @@ def test_a_finished_study_makes_nothing_again_unless_it_is_asked_otherwise(
         assert main([*words, "--out", str(whole)]) == 0
         assert table_of(whole) == before
     assert main([*words[:-1], "choice", "--out", str(whole), "--rows", "base"]) == 0
-    assert table_of(whole)["prompt"] == "choice"
+    kept = json.loads((whole / "answers" / "llama-7b" / "base.json").read_text())
+    assert table_of(whole)["prompt"] == kept["results"]["strategy"] == "choice"
     assert main([*words, "--out", str(whole)]) == 0
     assert table_of(whole) == before
 
