@@ -143,8 +143,12 @@ def run_study(study: Study) -> dict[str, Any]:
         for cell in cells_of(study):
             config, trained = run_of(study, base, cell), {}
             if config is not None:
-                seen = finished_record(config)["kept"]["tokens"]
-                trained = {**footprint(config), "tokens_seen": seen}
+                seen = finished_record(config)["kept"]
+                trained = {
+                    **footprint(config),
+                    "tokens_seen": seen["tokens"],
+                    "sources": seen.get("sources"),  # tokens and epochs of each
+                }
             answered: dict[str, Any] = {}
             line = {"base": base, **cell._asdict(), **trained, "benchmarks": answered}
             tables["rows"].append(line)
@@ -169,9 +173,19 @@ def _check(study: Study) -> None:
     for base in study.models:
         for cell in cells_of(study):
             config = run_of(study, base, cell)
+            _check_texts(config)
             for name in study.benchmarks:
                 if cell.variant != PROMPTED or _can_prompt(study, name):
                     question_config(study, base, cell, name, config)
+
+
+def _check_texts(config: RunConfig | None) -> None:
+    if config is None or config.stage != "pretrain":
+        return
+    paths = [source.path for source in config.sources] or [str(config.data)]
+    for path in paths:
+        if not Path(path).exists():
+            raise ValueError(f"--texts: there is no {path}; name tables or folders of texts")
 
 
 def _can_prompt(study: Study, name: str) -> bool:

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,12 @@ def words(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("m42")
     (folder / "pretrain.yaml").write_text(PRETRAIN)
     (folder / "instruct.yaml").write_text(INSTRUCT)
-    texts = write_general_text(folder / "texts", documents=60)
+    for name, seed in (("notes", 0), ("general", 1)):
+        write_general_text(folder / name, documents=60, seed=seed)
+    texts = [f"notes={folder / 'notes'}:0.8", f"general={folder / 'general'}:0.2"]
     files = write_questions(folder)
     return [
-        *("--models", f"tiny={base}", "--texts", str(texts), "--tokens", *map(str, BUDGETS)),
+        *("--models", f"tiny={base}", "--texts", *texts, "--tokens", *map(str, BUDGETS)),
         *("--data", str(write_rows(folder / "rows.json"))),
         *("--benchmarks", f"medqa={files['medqa']}", f"pubmedqa={files['pubmedqa']}"),
         *("--solved", f"medqa={files['solved']}", "--prompting", "answer", "--shots", "2"),
@@ -113,6 +116,8 @@ def test_every_row_stands_on_what_it_names(whole: Path, base: Path) -> None:
     assert noisy["fingerprints"]["base"] == tuned["fingerprints"]["base"]
     seen = [row["tokens_seen"] for row in tables["rows"] if row["variant"] == PRETRAINED]
     assert 0.7 * BUDGETS[0] < seen[0] < seen[1] < 1.3 * BUDGETS[1]
+    last = [row for row in tables["rows"] if row["variant"] == PRETRAINED][-1]["sources"]
+    assert last["notes"]["tokens"] == pytest.approx(0.8 * seen[1], abs=130)  # two pieces
     for row in tables["rows"]:
         assert ("peak_memory" in row) == (row["variant"] != BASE)
         # No solved questions of PubMedQA, so it is not asked with them.
@@ -182,12 +187,15 @@ def test_the_last_row_is_medprompt_unless_it_is_said_otherwise(
 
 
 def test_pretraining_may_train_an_adapter_which_instruction_then_stands_on(tmp_path: Path) -> None:
-    study = Study(
-        out=tmp_path, models={"a": "base"}, texts=("t",), tokens=(10,), data="d", benchmarks={},
-    )  # fmt: skip
+    study = Study(out=tmp_path, models={"a": "base"}, texts=("t",), tokens=(10,), data="d",
+                  benchmarks={})  # fmt: skip
     assert [cell.tokens for cell in cells_of(study)] == [0, 0, 10, 10, 10, 10]
     pretrained = tmp_path / "pretrain" / "a" / "tokens-10"
     assert instruct_config(study, "a", 10, is_noisy=False).model == str(pretrained / "model")
+    (tmp_path / "lora.yaml").write_text("adapter: lora\n")
+    study = replace(study, pretrain_config=str(tmp_path / "lora.yaml"))
+    tuned = instruct_config(study, "a", 10, is_noisy=True)
+    assert (tuned.model, tuned.init_adapter) == ("base", str(pretrained))
 
 
 @pytest.mark.parametrize(
@@ -199,6 +207,8 @@ def test_pretraining_may_train_an_adapter_which_instruction_then_stands_on(tmp_p
         ({"--solved": None}, "name their files with --solved"),
         ({"--pretrain-config": None}, None),
         ({"--neftune-alpha": "0"}, "--neftune-alpha must be above 0"),
+        ({"--texts": "a=/nowhere:1"}, "--texts: there is no /nowhere"),
+        ({"--texts": "a=x:-1"}, "its weight must be a number above 0"),
         ({"--data": "/nowhere"}, "--data /nowhere does not exist"),
     ],
 )
