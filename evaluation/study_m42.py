@@ -70,25 +70,31 @@ class Study:
 class Cell(typing.NamedTuple):
     """A row of the tables: a technique on top of so many tokens of pretraining."""
 
+    base: str
     variant: str
     tokens: int
+    config: RunConfig | None  # of the run whose model answers; None for the base itself
 
 
 def cells_of(study: Study) -> Iterator[Cell]:
-    """All rows of one base, each after those that it stands on."""
-    for tokens in (0, *study.tokens):
-        yield Cell(PRETRAINED if tokens else BASE, tokens)
-        yield Cell(INSTRUCTED, tokens)
-    yield Cell(NOISY, study.tokens[-1])
-    yield Cell(PROMPTED, study.tokens[-1])
+    """All rows, each after those that it stands on."""
+    for base in study.models:
+        pretrained: dict[int, RunConfig | None] = {0: None, **pretrain_configs(study, base)}
+        for tokens, start in pretrained.items():
+            yield Cell(base, PRETRAINED if tokens else BASE, tokens, start)
+            tuned = instruct_config(study, base, start, is_noisy=False)
+            yield Cell(base, INSTRUCTED, tokens, tuned)
+        tuned = instruct_config(study, base, start, is_noisy=True)
+        yield Cell(base, NOISY, tokens, tuned)
+        yield Cell(base, PROMPTED, tokens, tuned)
 
 
-def pretrain_config(study: Study, base: str, tokens: int) -> RunConfig:
-    """The run of one budget. Raises ValueError where a step has no fixed number of tokens."""
-    words = ["--stage", "pretrain", "--model", study.models[base]]
+def pretrain_configs(study: Study, base: str) -> dict[int, RunConfig]:
+    """The run of each budget. Raises ValueError where a step has no fixed number of tokens."""
+    out = study.out / "pretrain" / base
+    words = ["--stage", "pretrain", "--model", study.models[base], "--out", str(out)]
     for text in study.texts:
         words += ["--data", text]
-    words += ["--out", str(_pretrained(study, base, tokens))]
     if study.pretrain_config is not None:
         words += ["--config", study.pretrain_config]
     config = read_command(words).config
@@ -97,23 +103,30 @@ def pretrain_config(study: Study, base: str, tokens: int) -> RunConfig:
             "--tokens counts tokens, so the steps of pretraining need --batch-tokens, not "
             "--batch-size: change --pretrain-config"
         )
-    steps = math.ceil(tokens / config.batch_tokens)
-    # The tokens that a row is named after are those its weights have seen.
-    return replace(config, steps=steps, epochs=None, keep="last")
+    return {
+        tokens: replace(
+            config,
+            steps=math.ceil(tokens / config.batch_tokens),
+            epochs=None,
+            keep="last",  # a row is named after the tokens that its weights have seen
+            out=str(out / f"tokens-{tokens}"),
+        )
+        for tokens in study.tokens
+    }
 
 
-def instruct_config(study: Study, base: str, tokens: int, *, is_noisy: bool) -> RunConfig:
-    """The run that tunes the base, or what pretraining has made of it."""
-    words = ["--stage", "instruct", "--data", study.data]
-    name = "neftune" if is_noisy else "instruct"
-    words += ["--out", str(study.out / name / base / f"tokens-{tokens}")]
-    if tokens == 0:
-        words += ["--model", study.models[base]]
-    elif pretrain_config(study, base, tokens).adapter == "full":
-        words += ["--model", str(_pretrained(study, base, tokens) / "model")]
+def instruct_config(
+    study: Study, base: str, start: RunConfig | None, *, is_noisy: bool
+) -> RunConfig:
+    """The run that tunes the base, or what the pretraining `start` has made of it."""
+    place = "tokens-0" if start is None else Path(start.out).name
+    out = study.out / ("neftune" if is_noisy else "instruct") / base / place
+    words = ["--stage", "instruct", "--data", study.data, "--out", str(out)]
+    if start is not None and start.adapter == "full":
+        words += ["--model", str(Path(start.out) / "model")]
     else:
         words += ["--model", study.models[base]]
-        words += ["--init-adapter", str(_pretrained(study, base, tokens))]
+        words += [] if start is None else ["--init-adapter", start.out]
     if is_noisy:
         words += ["--neftune-alpha", str(study.neftune_alpha)]
     if study.instruct_config is not None:
@@ -121,45 +134,31 @@ def instruct_config(study: Study, base: str, tokens: int, *, is_noisy: bool) -> 
     return read_command(words).config
 
 
-def _pretrained(study: Study, base: str, tokens: int) -> Path:
-    return study.out / "pretrain" / base / f"tokens-{tokens}"
-
-
-def run_of(study: Study, base: str, cell: Cell) -> RunConfig | None:
-    """The run whose model answers in a cell; None for the base itself."""
-    if cell.variant == BASE:
-        return None
-    if cell.variant == PRETRAINED:
-        return pretrain_config(study, base, cell.tokens)
-    is_noisy = cell.variant != INSTRUCTED
-    return instruct_config(study, base, cell.tokens, is_noisy=is_noisy)
-
-
 def run_study(study: Study) -> dict[str, Any]:
     """Make every cell that is not there yet and return the tables."""
-    _check(study)
+    cells = list(cells_of(study))
+    _check(study, cells)
     tables: dict[str, Any] = {"prompt": study.prompt, "prompting": study.prompting, "rows": []}
-    for base in study.models:
-        for cell in cells_of(study):
-            config, trained = run_of(study, base, cell), {}
-            if config is not None:
-                seen = finished_record(config)["kept"]
-                trained = {
-                    **footprint(config),
-                    "tokens_seen": seen["tokens"],
-                    "sources": seen.get("sources"),  # tokens and epochs of each
-                }
-            answered: dict[str, Any] = {}
-            line = {"base": base, **cell._asdict(), **trained, "benchmarks": answered}
-            tables["rows"].append(line)
-            for name in study.benchmarks:
-                if cell.variant != PROMPTED or _can_prompt(study, name):
-                    answered[name] = _asked(study, base, cell, name, config)
-                write_tables(study.out, tables, _markdown(study, tables))
+    for cell in cells:
+        trained: dict[str, Any] = {}
+        if cell.config is not None:
+            kept = finished_record(cell.config)["kept"]
+            trained = {
+                **footprint(cell.config),
+                "tokens_seen": kept["tokens"],
+                "sources": kept.get("sources"),  # tokens and epochs of each
+            }
+        answered: dict[str, Any] = {}
+        named = {"base": cell.base, "variant": cell.variant, "tokens": cell.tokens}
+        tables["rows"].append({**named, **trained, "benchmarks": answered})
+        for name in study.benchmarks:
+            if _is_asked(study, cell, name):
+                answered[name] = _asked(study, cell, name)
+            write_tables(study.out, tables, _markdown(study, tables))
     return tables
 
 
-def _check(study: Study) -> None:
+def _check(study: Study, cells: Sequence[Cell]) -> None:
     """Refuse what a later cell would refuse, before the first one takes its hours."""
     if not Path(study.data).exists():
         raise ValueError(f"--data {study.data} does not exist; name the instruction rows")
@@ -170,43 +169,35 @@ def _check(study: Study) -> None:
             f"--prompting {study.prompting} shows {study.shots} solved questions: name their files "
             "with --solved SET=PATH, or say --shots 0"
         )
-    for base in study.models:
-        for cell in cells_of(study):
-            config = run_of(study, base, cell)
-            _check_texts(config)
-            for name in study.benchmarks:
-                if cell.variant != PROMPTED or _can_prompt(study, name):
-                    question_config(study, base, cell, name, config)
+    for cell in cells:
+        if cell.variant == PRETRAINED and cell.config is not None:
+            sources = [source.path for source in cell.config.sources] or [str(cell.config.data)]
+            if missing := [path for path in sources if not Path(path).exists()]:
+                raise ValueError(f"--texts: there is no {missing[0]}; name a table or a folder")
+        for name in study.benchmarks:
+            if _is_asked(study, cell, name):
+                question_config(study, cell, name)
 
 
-def _check_texts(config: RunConfig | None) -> None:
-    if config is None or config.stage != "pretrain":
-        return
-    paths = [source.path for source in config.sources] or [str(config.data)]
-    for path in paths:
-        if not Path(path).exists():
-            raise ValueError(f"--texts: there is no {path}; name tables or folders of texts")
+def _is_asked(study: Study, cell: Cell, name: str) -> bool:
+    """Not where the last row's prompts show solved questions and there are none of the set."""
+    return cell.variant != PROMPTED or study.shots == 0 or name in study.solved
 
 
-def _can_prompt(study: Study, name: str) -> bool:
-    """Whether there are the solved questions that the last row's prompts show, if it shows any."""
-    return study.shots == 0 or name in study.solved
+def _answers(study: Study, cell: Cell) -> Path:
+    name = f"{cell.variant.removeprefix('+ ')}-{cell.tokens}"
+    return study.out / "answers" / cell.base / name
 
 
-def _answers(study: Study, base: str, cell: Cell) -> Path:
-    return study.out / "answers" / base / f"{cell.variant.removeprefix('+ ')}-{cell.tokens}"
-
-
-def question_config(
-    study: Study, base: str, cell: Cell, name: str, config: RunConfig | None
-) -> QuestionConfig:
+def question_config(study: Study, cell: Cell, name: str) -> QuestionConfig:
     """How the questions of one set are put to the model of a cell."""
+    config = cell.config
     asked = QuestionConfig(
         mcq=cast(QuestionSetName, name),
         data=study.benchmarks[name],
         run=None if config is None else config.out,
-        model=study.models[base] if config is None else None,
-        out=str(_answers(study, base, cell)) if config is None else None,
+        model=study.models[cell.base] if config is None else None,
+        out=str(_answers(study, cell)) if config is None else None,
         prompt=study.prompt,
         bootstrap=study.bootstrap,
     )
@@ -216,11 +207,9 @@ def question_config(
     return replace(asked, prompt=study.prompting, shots=study.shots, shots_data=solved)
 
 
-def _asked(
-    study: Study, base: str, cell: Cell, name: str, config: RunConfig | None
-) -> dict[str, Any]:
-    asked = question_config(study, base, cell, name, config)
-    results = answers_of(asked, _answers(study, base, cell) / f"{name}.json")
+def _asked(study: Study, cell: Cell, name: str) -> dict[str, Any]:
+    asked = question_config(study, cell, name)
+    results = answers_of(asked, _answers(study, cell) / f"{name}.json")
     told = ("n", "accuracy", "accuracy_ci", "unanswered", "shortened_prompts", "counts")
     return {key: results[key] for key in told}
 

@@ -20,7 +20,6 @@ from evaluation.study_m42 import (
     PROMPTED,
     Study,
     cells_of,
-    instruct_config,
     main,
 )
 from tests.conftest import ROOT
@@ -187,15 +186,17 @@ def test_the_last_row_is_medprompt_unless_it_is_said_otherwise(
 
 
 def test_pretraining_may_train_an_adapter_which_instruction_then_stands_on(tmp_path: Path) -> None:
-    study = Study(out=tmp_path, models={"a": "base"}, texts=("t",), tokens=(10,), data="d",
-                  benchmarks={})  # fmt: skip
-    assert [cell.tokens for cell in cells_of(study)] == [0, 0, 10, 10, 10, 10]
+    study = Study(
+        out=tmp_path, models={"a": "base"}, texts=("t",), tokens=(10,), data="d", benchmarks={}
+    )
     pretrained = tmp_path / "pretrain" / "a" / "tokens-10"
-    assert instruct_config(study, "a", 10, is_noisy=False).model == str(pretrained / "model")
+    starts = [cell.config and cell.config.model for cell in cells_of(study)]
+    full = str(pretrained / "model")
+    assert starts == [None, "base", "base", full, full, full]
     (tmp_path / "lora.yaml").write_text("adapter: lora\n")
     study = replace(study, pretrain_config=str(tmp_path / "lora.yaml"))
-    tuned = instruct_config(study, "a", 10, is_noisy=True)
-    assert (tuned.model, tuned.init_adapter) == ("base", str(pretrained))
+    tuned = list(cells_of(study))[-1].config
+    assert tuned is not None and (tuned.model, tuned.init_adapter) == ("base", str(pretrained))
 
 
 @pytest.mark.parametrize(
