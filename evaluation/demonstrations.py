@@ -7,7 +7,7 @@ the model's own last hidden states over the stem. The invariant: rationales and 
 function of the model, the solved questions and the settings, and are made once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,7 @@ def gather_demonstrations(
     )
 
 
-def _prompt_of(shown: Question) -> Any:
+def _prompt_of(shown: Question) -> Callable[[int], Prompt]:
     prompt = Prompt(reasoned_prompt(shown), SOLVED_SHOTS)
     return lambda _: prompt
 

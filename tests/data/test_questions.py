@@ -99,8 +99,7 @@ def test_mmlu_takes_the_clinical_subjects(tmp_path: Path) -> None:
     ]
 
 
-@pytest.fixture
-def usmle(tmp_path: Path) -> Path:
+def write_usmle(folder: Path) -> Path:
     """The three steps in their published sizes; question 1 has an empty option before its own."""
     for step, size in (("step1", 119), ("step2", 120), ("step3", 135)):
         rows = [
@@ -109,10 +108,15 @@ def usmle(tmp_path: Path) -> Path:
         ]
         for row in rows:
             row["options"] |= {"C": "z"}  # type: ignore[operator]
-        (tmp_path / f"{step}.json").write_text(json.dumps(rows), encoding="utf-8")
+        (folder / f"{step}.json").write_text(json.dumps(rows), encoding="utf-8")
         solutions = {str(n): "c" for n in range(1, size + 1)}
-        (tmp_path / f"{step}_solutions.json").write_text(json.dumps(solutions), encoding="utf-8")
-    return tmp_path
+        (folder / f"{step}_solutions.json").write_text(json.dumps(solutions), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def usmle(tmp_path: Path) -> Path:
+    return write_usmle(tmp_path)
 
 
 def test_usmle_leaves_out_images_and_empty_options(usmle: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModel
 
-from data.questions import LETTERS, Question
+from data.questions import LETTERS, Question, read_questions
 from data.tokenizer import load_tokenizer
 from evaluation.answering import Asked, ModelAnswerer, Prompt, Scored, Written
 from evaluation.demonstrations import Demonstrations, gather_demonstrations, unit
@@ -27,11 +27,13 @@ from evaluation.prompting import (
     reasoned_prompt,
     reasoned_shot,
 )
+from evaluation.questions import AnsweredBy, QuestionConfig, ask_all, question_summary
 from evaluation.strategies import STRATEGIES, Setting, StrategyName
 from evaluation.writing import majority, orders, reasoning_tries, seed_of, spread_places
 from model.batch import TokenBatch
 from model.checkpoint import load_causal_lm
 from model.generation import GenerationConfig
+from tests.data.test_questions import write_usmle
 from tests.evaluation.test_questions import made_questions
 
 CPU = torch.device("cpu")
@@ -400,6 +402,84 @@ def test_rationales_are_kept_where_they_end_in_the_answer(tmp_path: Path) -> Non
     assert file.read_bytes() == whole
     assert len(asked) == before + 8 * 3 + 1 * 3  # the second chunk: s32 to s39, s35 twice
     assert json.loads(whole.splitlines()[0])["seed"] == 2
+
+
+# Whole runs ---------------------------------------------------------------------------------------
+
+
+def write_medqa(path: Path, questions: Sequence[Question]) -> str:
+    rows = [
+        {
+            "id": one.id,
+            "question": one.stem,
+            "options": dict(zip(LETTERS, one.options, strict=False)),
+            "answer_idx": LETTERS[one.answer],
+        }
+        for one in questions
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_strategies_share_their_rationales_and_stand_beside_each_other(tmp_path: Path) -> None:
+    def say(prompt: str, _: Any, seed: int) -> str:
+        # Three of four are right about their own question.
+        right = re.findall(r"Which sign is [sq]\d*?([0-3])\?", prompt)[-1]
+        number = int(right) if seed % 4 else 3 - int(right)
+        return f"So it is.\n\nAnswer: [{letter_of(prompt, OPTIONS[number])}]"
+
+    data = write_medqa(tmp_path / "asked.jsonl", [question(f"q{i}", i % 4) for i in range(4)])
+    solved = write_medqa(tmp_path / "solved.jsonl", [question(f"s{i}", i % 4) for i in range(4)])
+    found, pool = read_questions("medqa", data), read_questions("medqa", solved)
+    by = AnsweredBy("m" * 64, {"dtype": "float32"})
+
+    def ask(prompt: StrategyName, root: Path, **more: Any) -> tuple[dict[str, Any], Scripted]:
+        model = Scripted(say)
+        config = QuestionConfig(
+            mcq="medqa", data=data, model="x", out=str(root), prompt=prompt, shots=2,
+            shots_data=solved, **more,
+        )  # fmt: skip
+        return ask_all(model, by, config, found, pool, root), model
+
+    root = tmp_path / "out"
+    results, model = ask("medprompt", root, votes=3)
+    kept = results["rationales"]["rationales_kept"]
+    assert results["rationales"]["rationales_tried"] == 4 * 5 == len(model.prompts) - 4 * 3
+    assert 0 < kept < 20
+    assert (results["texts_asked"], results["new_tokens"]) == (12, 36)
+    assert results["settings"]["votes"] == 3
+    assert results["settings"]["neighbours"] == 2
+    again, asked = ask("medprompt", root, votes=3)
+    assert (again, asked.prompts) == (results, [])
+    # The other strategy reasons about no solved question again.
+    near, asked = ask("nearest", root)
+    assert len(asked.prompts) == 4
+    assert near["rationales"] == results["rationales"]
+    page = (Path(near["folder"]) / "report.html").read_text()
+    assert "nearest (version 1) (this page)" in page
+    assert "medprompt (version 1)" in page
+    # Another seed is another run, beside it.
+    other, _ = ask("medprompt", root, votes=3, seed=1)
+    assert other["folder"] != results["folder"]
+    compared, _ = ask("medprompt", root, votes=3, seed=1, compare=results["folder"])
+    difference = compared["accuracy"] - results["accuracy"]
+    assert compared["comparison"]["difference"] == pytest.approx(difference)
+    assert compared["comparison"]["strategy"] == "medprompt"
+
+
+def test_published_counts_stand_beside_what_was_scored(tmp_path: Path) -> None:
+    folder = write_usmle(tmp_path)
+    found = read_questions("usmle", folder)
+    config = QuestionConfig(
+        mcq="usmle", data=str(folder), model="x", out="y", prompt="medalpaca", bootstrap=0
+    )
+    model = Scripted(lambda prompt, *_: "C: z" if "\nB: y" in prompt else "B: z")
+    results = ask_all(model, AnsweredBy("m", {}), config, found, None, tmp_path / "out")
+    assert results["published_counts"] == {"step1": 92, "step2": 110, "step3": 122}
+    scored = {step: one["n"] for step, one in results["per_step"].items()}
+    assert scored == results["published_counts"]
+    assert results["accuracy"] == 1.0
+    assert "step2: 110 questions (the paper counts 110)" in list(question_summary(results))
 
 
 # A real model -------------------------------------------------------------------------------------
