@@ -104,7 +104,9 @@ def _steps(
         cache = KVCache(
             model.config, len(pieces), capacity, dtype=weight.dtype, device=weight.device
         )
-    plan = None if cache is None else Plan.of(model.model, cache.capacity)
+    plan = None
+    if cache is not None:
+        plan = Plan.of(model, cache.capacity, count=len(sequences), tokens=config.max_new_tokens)
     stop_ids = set(config.stop_ids)
     for _ in range(config.max_new_tokens):
         if not running:
@@ -117,9 +119,10 @@ def _steps(
                 assert cache is not None
                 last_nD = last_nD[rows]
                 cache.keep(rows)
+            logits_nV = model.head_logits(last_nD)
         else:
-            last_nD = plan.step([token for (token,) in pieces], cache)
-        logits_nV = _adjusted(model.head_logits(last_nD), [sequences[i] for i in running], config)
+            logits_nV = plan.step([token for (token,) in pieces], cache)
+        logits_nV = _adjusted(logits_nV, [sequences[i] for i in running], config)
         tokens = _choose(logits_nV, [generators[i] for i in running], config)
         for i, token in zip(running, tokens, strict=True):
             sequences[i].append(token)

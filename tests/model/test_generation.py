@@ -22,7 +22,7 @@ from lora.config import LoraConfig
 from model import decoding
 from model.batch import TokenBatch
 from model.cache import KVCache
-from model.checkpoint import load_causal_lm
+from model.checkpoint import load_causal_lm, save_model
 from model.config import DecoderConfig
 from model.decoding import Plan
 from model.generation import GenerationConfig, _adjusted, _choose, _joined, generate, stream
@@ -116,17 +116,34 @@ def make_adapted(config: DecoderConfig) -> CausalLM:
     return model.double()
 
 
-@pytest.mark.parametrize("stacked_bytes", [0, 1 << 20])
+NARROW = (torch.float64, torch.bfloat16)
+LAYOUTS = [  # bytes below which layers are stacked, tokens and sequences that are asked for, types
+    pytest.param(0, 12, 1, NARROW, id="stored"),
+    pytest.param(1 << 20, 12, 1, NARROW, id="stacked"),
+    pytest.param(0, 64, 1, (torch.float32,), id="transposed"),
+    pytest.param(0, 64, 3, (torch.float32,), id="blocked"),
+]
+
+
+@pytest.mark.parametrize(("stacked_bytes", "tokens_each", "count", "dtypes"), LAYOUTS)
 @pytest.mark.parametrize(
     "name", ["grouped-query", "tied", "attention-bias", "mlp-bias", "llama3-rope", "mistral-window"]
 )
 def test_the_steps_of_a_plan_are_the_decoders_rows(
-    name: str, stacked_bytes: int, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    stacked_bytes: int,
+    tokens_each: int,
+    count: int,
+    dtypes: tuple[torch.dtype, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With adapters, and sequences of several lengths; in bfloat16 as near to float64."""
+    """With adapters, and sequences of several lengths; in narrower types as near to float64.
+
+    A plan may be made for fewer sequences than it then steps: layouts differ in speed alone.
+    """
     monkeypatch.setattr(decoding, "_STACKED_BYTES", stacked_bytes)
     prompts = [[1, 5, 9], [1], [1, *range(3, 20)]]
-    for dtype in (torch.float64, torch.bfloat16):
+    for dtype in dtypes:
         ours = make_adapted(CONFIGS[name]).to(dtype)
         exact = copy.deepcopy(ours).double()
         caches = []
@@ -135,16 +152,18 @@ def test_the_steps_of_a_plan_are_the_decoders_rows(
             caches.append(KVCache(ours.config, len(prompts), 40, **room))
             with torch.no_grad():
                 network.model(_joined(prompts), cache=caches[-1])
-        plan = Plan.of(ours.model, 40)
+        plan = Plan.of(ours, 40, count=count, tokens=tokens_each)
         assert plan is not None
+        truths, oracles, steps = [], [], []
         for step in range(12):
             tokens = [3 + step, 50 - step, 7]
             pieces = _joined([[token] for token in tokens])
             with torch.no_grad():
-                truth = exact.model(pieces, cache=caches[0])
-                oracle = ours.model(pieces, cache=caches[1])
-                found = plan.step(tokens, caches[2])
-            assert relative_error(found, truth) <= max(2 * relative_error(oracle, truth), 1e-12)
+                truths.append(exact.head_logits(exact.model(pieces, cache=caches[0])))
+                oracles.append(ours.head_logits(ours.model(pieces, cache=caches[1])))
+                steps.append(plan.step(tokens, caches[2]))
+        truth, oracle, found = (torch.cat(rows) for rows in (truths, oracles, steps))
+        assert relative_error(found, truth) <= max(2 * relative_error(oracle, truth), 1e-12)
     plain = make_causal_lm(CONFIGS[name])
     config = GenerationConfig(max_new_tokens=12)
     assert generate(plain, PROMPTS, config) != generate(make_adapted(plain.config), PROMPTS, config)
@@ -152,7 +171,46 @@ def test_the_steps_of_a_plan_are_the_decoders_rows(
 
 def test_a_decoder_that_a_plan_does_not_cover_has_none() -> None:
     """And generates by the forward pass, as the tests with experts show."""
-    assert Plan.of(make_causal_lm(CONFIGS["mixtral"]).model, 10) is None
+    assert Plan.of(make_causal_lm(CONFIGS["mixtral"]), 10, count=1, tokens=8) is None
+
+
+def test_weights_are_laid_out_where_that_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def layout(network: CausalLM, count: int, tokens: int) -> str:
+        plan = Plan.of(network, 128, count=count, tokens=tokens)
+        assert plan is not None
+        return plan.layout
+
+    small = make_causal_lm(make_config()).float()
+    assert layout(small, 1, 64) == "transposed"
+    assert layout(small, 2, 64) == "blocked"
+    assert layout(small, 2, 63) == "stored"
+    assert layout(copy.deepcopy(small).bfloat16(), 2, 64) == "stored"
+    size = 4 * sum(parameter.numel() for parameter in small.parameters())
+    monkeypatch.setattr(decoding, "_LAID_OUT_BYTES", size)
+    assert layout(small, 2, 64) == "blocked"
+    monkeypatch.setattr(decoding, "_LAID_OUT_BYTES", size - 1)
+    assert layout(small, 2, 64) == "stored"
+
+
+@pytest.mark.parametrize("name", ["grouped-query", "tied", "mlp-bias", "mistral-window", "mixtral"])
+def test_int8_weights_generate_as_their_floats_do(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written out once in a plan or at each step, alone and in a batch of several lengths."""
+    monkeypatch.setattr(decoding, "_STACKED_BYTES", 0)
+    save_model(make_causal_lm(CONFIGS[name]), tmp_path / "floating")
+    ours = load_causal_lm(tmp_path / "floating", int8="bf16")
+    save_model(ours, tmp_path / "int8")
+    config = GenerationConfig(max_new_tokens=64)
+    prompts = [*PROMPTS, LONG_PROMPT]
+    expected = generate(load_causal_lm(tmp_path / "int8"), prompts, config, use_cache=False)
+    assert expected != generate(load_causal_lm(tmp_path / "floating"), prompts, config)
+    assert generate(ours, prompts, config) == expected
+    assert [generate(ours, [prompt], config)[0] for prompt in prompts] == expected
+    assert (Plan.of(ours, 128, count=2, tokens=64) is None) == (name == "mixtral")
+    assert Plan.of(ours, 128, count=2, tokens=8) is None  # too few to write the weights out
+    math = load_causal_lm(tmp_path / "int8", int8="int8")
+    assert Plan.of(math, 128, count=2, tokens=64) is None
 
 
 def test_a_rolling_cache_holds_a_window_and_no_more() -> None:
