@@ -29,6 +29,7 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels import CAPABILITIES, exact_capability
 from kernels.build import OPERATIONS
 from kernels.timing import Case, Operation
 
@@ -272,6 +273,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("bench: found no CUDA device; try the command with --smoke", file=sys.stderr)
         return 2
     device = torch.device("cpu" if flags.smoke else "cuda")
+    if not flags.smoke and (found := exact_capability(device)) not in CAPABILITIES:
+        allowed = ", ".join(map(str, CAPABILITIES))
+        print(
+            f"bench: kernels are configured for capability {allowed}, not {found}", file=sys.stderr
+        )
+        return 2
     flags.shrink = 1024 if flags.smoke else 1
     flags.rounds = 2 if flags.smoke else flags.rounds
     try:

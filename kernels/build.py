@@ -19,14 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-CAPABILITIES = (80, 90, 100)
+from kernels import CAPABILITIES, exact_capability
+
 # Files with kernels; each has a function `builds`.
 OPERATIONS = (
     "adamw",
@@ -98,8 +98,9 @@ def capability_of(x: Tensor) -> int:
     """The compute capability whose lists apply to x's device; the interpreter takes the first."""
     if not x.is_cuda:
         return CAPABILITIES[0]
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return max((c for c in CAPABILITIES if c <= 10 * major + minor), default=CAPABILITIES[0])
+    capability = exact_capability(x.device)
+    assert capability in CAPABILITIES
+    return capability
 
 
 def compile_ahead(build: Build, capability: int) -> Built:

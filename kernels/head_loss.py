@@ -76,13 +76,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses_M.sum()
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        dx, dw = ctx.saved_tensors
-        return (
-            None if dx is None else dx * dloss.to(dx.dtype),
-            None if dw is None else dw * dloss.to(dw.dtype),
-            None,
-        )
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        return *reference.times_loss_gradient(ctx.saved_tensors, dloss), None
 
 
 def _wide_product(a: Tensor, b: Tensor) -> Tensor:

@@ -657,13 +657,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss_sum
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        dx, dw = ctx.saved_tensors
-        return (
-            None if dx is None else dx * dloss.to(dx.dtype),
-            None if dw is None else dw * dloss.to(dw.dtype),
-            None,
-        )
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        return *times_loss_gradient(ctx.saved_tensors, dloss), None
+
+
+def times_loss_gradient(
+    gradients: Sequence[Tensor | None], dloss: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients that were made in the forward pass of a loss, times that of the loss: a scalar."""
+    return tuple(None if one is None else one * dloss.to(one.dtype) for one in gradients)
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from kernels import CAPABILITIES
 from kernels.build import (
-    CAPABILITIES,
     OPERATIONS,
     Build,
     compile_ahead,
