@@ -570,3 +570,12 @@ def test_what_prompts_begin_with_is_read_once(base: Path, monkeypatch: pytest.Mo
     assert [front - 8 < n <= front + 1 for n in (read[0], read[3])] == [True, True]
     assert read[1] + read[4] < front
     assert len(read) == 5
+
+
+def test_the_prompts_own_text_ends_nothing(base: Path) -> None:
+    answerer = ModelAnswerer(load_causal_lm(base), load_tokenizer(base), CPU, micro_tokens=4096)
+    config = GenerationConfig(max_new_tokens=9, temperature=1.0)
+    prompt = Prompt("the patient ##")
+    (whole,) = answerer.complete([prompt], config, [3])
+    assert "##" not in whole.text and whole.new_tokens > 1
+    assert answerer.complete([prompt], config, [3], "##") == [whole]
