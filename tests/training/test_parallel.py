@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from evaluation.metrics import headline_metrics
 from model.files import read_json
@@ -179,6 +180,26 @@ def test_a_base_spread_over_ranks_trains_as_a_whole_one(
         assert file.read_bytes() == (spread / file.relative_to(both)).read_bytes(), file
     # What both have left is whole, so that one rank takes it up.
     run(replace(config, out=str(spread)), resume=True, score=headline_metrics)
+
+
+def test_eight_bit_states_beside_a_spread_base_are_those_beside_whole_ones(
+    make_config: Callable[..., RunConfig], tmp_path: Path, repository_root: Path
+) -> None:
+    """To the bit, checkpoints of the states too."""
+    config = make_config("clinical", steps=2, base_dtype="int8", lora=LoraSettings(r=128))
+    config = replace(config, optim=replace(config.optim, states="int8"))
+    for name, shard in (("whole", False), ("spread", True)):
+        one = replace(config, shard=shard, out=str(tmp_path / name))
+        code, output = launch(as_file(one, tmp_path), repository_root)
+        assert code == 0, output
+    files = sorted((tmp_path / "whole").rglob("*.safetensors"))
+    names = set()
+    for file in files:
+        other = tmp_path / "spread" / file.relative_to(tmp_path / "whole")
+        assert file.read_bytes() == other.read_bytes(), file
+        with safe_open(file, "pt") as tensors:
+            names |= set(tensors.keys())
+    assert any("exp_avg_sq_root" in name for name in names)
 
 
 def test_spreading_takes_several_ranks_and_a_frozen_base(
