@@ -355,9 +355,9 @@ class _Update(NamedTuple):
 class _LoraLinear(torch.autograd.Function):
     """All layers that read one input, with all their adapters.
 
-    Saved: x, the weights, S = dropout(x) A^T, which is rank-sized, and one byte per dropped
-    element. Arguments after `keys` are the layers' weights, scales and biases, then each update's
-    A and B.
+    Saved: x, where a weight or an A trains, the weights, S = dropout(x) A^T, which is rank-sized,
+    and one byte per dropped element. Arguments after `keys` are the layers' weights, scales and
+    biases, then each update's A and B.
     """
 
     @staticmethod
@@ -386,7 +386,9 @@ class _LoraLinear(torch.autograd.Function):
                     s[:, update.columns], b.to(dtype).T, alpha=update.scaling
                 )
         ctx.bases, ctx.updates = bases, updates
-        ctx.save_for_backward(x, s, *masks, *tensors)
+        needs = ctx.needs_input_grad[4:]
+        is_read_again = any(needs[:first:3]) or any(needs[first::2])
+        ctx.save_for_backward(x if is_read_again else None, s, *masks, *tensors)
         return outputs
 
     @staticmethod
@@ -395,7 +397,7 @@ class _LoraLinear(torch.autograd.Function):
         x, s, *saved = ctx.saved_tensors
         masks, tensors = saved[: len(updates)], saved[len(updates) :]
         needs_x, needs = ctx.needs_input_grad[2], ctx.needs_input_grad[4:]
-        dtype, first = x.dtype, 3 * len(ctx.bases)
+        dtype, first = douts[0].dtype, 3 * len(ctx.bases)
         grads: list[Tensor | None] = [None] * len(tensors)
 
         dx: Any = None  # a tensor from the first layer on, where x needs its gradient

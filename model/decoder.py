@@ -16,9 +16,9 @@ from typing import NamedTuple, Protocol, Self, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 import kernels
+from model.activations import Activations, RowsOf, made_again, recomputes_blocks, run_block
 from model.attention import attend
 from model.batch import Behind, Chosen, Segments, TokenBatch
 from model.cache import KVCache
@@ -134,6 +134,10 @@ class RMSNorm(nn.Module):
         """The norm of x + residual, and that sum: all [M, D]."""
         return kernels.add_rms_norm(x, residual, self.weight, self.eps)
 
+    def rows_of(self, x: Tensor) -> RowsOf:
+        """The norm of chosen rows of x [M, D]."""
+        return lambda rows: self(x[rows])
+
 
 class Attention(nn.Module):
     """Multi-head, grouped-query or multi-query attention: G of N key-value heads.
@@ -225,9 +229,15 @@ class MLP(nn.Module):
         self.up_proj = Linear(width, inner, bias=bias)
         self.down_proj = Linear(inner, width, bias=bias)
 
-    def forward(self, x_MD: Tensor, dropout_keys: Tensor | None) -> Tensor:
+    def forward(
+        self, x_MD: Tensor, dropout_keys: Tensor | None, *, selective: bool = False
+    ) -> Tensor:
         gate_MF, up_MF = linear_group((self.gate_proj, self.up_proj), x_MD, dropout_keys)
-        return self.down_proj(kernels.swiglu(gate_MF, up_MF), dropout_keys)
+        h_MF = kernels.swiglu(gate_MF, up_MF)
+        with made_again(
+            h_MF, lambda rows: kernels.swiglu(gate_MF[rows], up_MF[rows]), selective=selective
+        ):
+            return self.down_proj(h_MF, dropout_keys)
 
 
 class Block(nn.Module):
@@ -254,18 +264,28 @@ class Block(nn.Module):
         cache: KVCache | None,
         chosen: Chosen | None = None,
         prefix: Prefix | None = None,
+        *,
+        selective: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """x_MD: [M, D] -> [M, D], or [n, D] of the chosen tokens alone; and a router's logits."""
+        """x_MD: [M, D] -> [M, D], or [n, D] of the chosen tokens alone; and a router's logits.
+
+        selective: what the norms and the gate give is not kept but made again (`Activations`).
+        """
         normed_MD = self.input_layernorm(x_MD)
-        attended = self.self_attn(normed_MD, batch, rope, dropout_keys, cache, chosen, prefix)
+        with made_again(normed_MD, self.input_layernorm.rows_of(x_MD), selective=selective):
+            attended = self.self_attn(normed_MD, batch, rope, dropout_keys, cache, chosen, prefix)
         if chosen is not None:
             x_MD = x_MD[chosen.rows]
             dropout_keys = None if dropout_keys is None else dropout_keys[chosen.rows]
         normed_MD, x_MD = self.post_attention_layernorm.of_sum(attended, x_MD)
-        if self.block_sparse_moe is None:
-            assert self.mlp is not None
-            return x_MD + self.mlp(normed_MD, dropout_keys), None
-        out_MD, router_logits_ME = self.block_sparse_moe(normed_MD, dropout_keys)
+        rows_of = self.post_attention_layernorm.rows_of(x_MD)
+        with made_again(normed_MD, rows_of, selective=selective):
+            if self.block_sparse_moe is None:
+                assert self.mlp is not None
+                return x_MD + self.mlp(normed_MD, dropout_keys, selective=selective), None
+            out_MD, router_logits_ME = self.block_sparse_moe(
+                normed_MD, dropout_keys, rows_of, selective=selective
+            )
         return x_MD + out_MD, router_logits_ME
 
 
@@ -315,7 +335,7 @@ class Decoder(nn.Module):
         batch: TokenBatch,
         *,
         dropout_seed: int | None = None,
-        checkpoint_blocks: bool = False,
+        activations: Activations = "save",
         compute_dtype: torch.dtype | None = None,
         cache: KVCache | None = None,
         pool: bool = False,
@@ -329,8 +349,7 @@ class Decoder(nn.Module):
 
         Args:
             dropout_seed: switches the adapters' dropout on; one number per optimiser step.
-            checkpoint_blocks: keep only each block's input for the backward pass and compute the
-                rest again (Chen et al., arXiv 1604.06174). Same numbers, less memory.
+            activations: what blocks keep for the backward pass. Same numbers, less memory.
             compute_dtype: of all activations; weights are cast to it where they are used. Default:
                 that of the embedding.
             cache: earlier tokens of the same sequences; the batch's tokens are added to it.
@@ -340,7 +359,7 @@ class Decoder(nn.Module):
                 before it in its segment: [K, D].
             router_logits: takes those of each block of experts, [M, E].
         """
-        assert cache is None or not (checkpoint_blocks or pool)
+        assert cache is None or not (recomputes_blocks(activations) or pool)
         assert predicting is None or not pool
         x_MD = F.embedding(batch.input_ids, self.embed_tokens.weight)
         if compute_dtype is not None:
@@ -365,23 +384,9 @@ class Decoder(nn.Module):
         for i, block in enumerate(self.layers, start=1):
             chosen = batch.segments.ends() if pool and i == len(self.layers) else None
             prefix = prefixes[i - 1] if prefixes else None
-            if checkpoint_blocks:
-                # The non-reentrant form: the older one gives adapters no gradient when the
-                # embedding is frozen. No generator is restored, for dropout draws from keys.
-                x_MD, logits_ME = checkpoint(
-                    block,
-                    x_MD,
-                    batch,
-                    rope,
-                    dropout_keys,
-                    None,
-                    chosen,
-                    prefix,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                )
-            else:
-                x_MD, logits_ME = block(x_MD, batch, rope, dropout_keys, cache, chosen, prefix)
+            x_MD, logits_ME = run_block(
+                block, activations, x_MD, batch, rope, dropout_keys, cache, chosen, prefix
+            )
             if router_logits is not None and logits_ME is not None:
                 router_logits.append(logits_ME)
         x_MD = self.norm(x_MD)

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 import kernels
+from model.activations import Activations, made_again, run_block
 from model.attention import attend
 from model.batch import Chosen, TokenBatch
 from model.config import EncoderConfig
@@ -98,11 +98,15 @@ class Output(nn.Module):
         self.LayerNorm = LayerNorm(config)
         self.dropout, self.site = config.hidden_dropout_prob, site
 
-    def forward(self, x: Tensor, residual_MD: Tensor, dropout_keys: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, residual_MD: Tensor, dropout_keys: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The normalised rows, and the sum that was normalised: both [M, D]."""
         added_MD = kernels.dropout(
             self.dense(x, dropout_keys), self.dropout, dropout_keys, self.site
         )
-        return self.LayerNorm(residual_MD + added_MD)
+        sum_MD = residual_MD + added_MD
+        return self.LayerNorm(sum_MD), sum_MD
 
 
 class Attention(nn.Module):
@@ -113,14 +117,14 @@ class Attention(nn.Module):
 
 
 class Intermediate(nn.Module):
-    """gelu(dense(x)), with the exact gelu, x Phi(x) (Hendrycks and Gimpel, arXiv 1606.08415)."""
+    """dense(x), before the exact gelu, x Phi(x) (Hendrycks and Gimpel, arXiv 1606.08415)."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.dense = Linear(config.hidden_size, config.intermediate_size, bias=True)
 
     def forward(self, x_MD: Tensor, dropout_keys: Tensor | None) -> Tensor:
-        return F.gelu(self.dense(x_MD, dropout_keys))
+        return self.dense(x_MD, dropout_keys)
 
 
 class Layer(nn.Module):
@@ -133,14 +137,28 @@ class Layer(nn.Module):
         self.output = Output(config, config.intermediate_size, _LAYERS + 2 * layer + 1)
 
     def forward(
-        self, x_MD: Tensor, batch: TokenBatch, dropout_keys: Tensor | None, chosen: Chosen | None
+        self,
+        x_MD: Tensor,
+        batch: TokenBatch,
+        dropout_keys: Tensor | None,
+        chosen: Chosen | None,
+        *,
+        selective: bool = False,
     ) -> Tensor:
-        """x_MD: [M, D] -> [M, D], or [n, D] of the chosen tokens alone."""
+        """x_MD: [M, D] -> [M, D], or [n, D] of the chosen tokens alone.
+
+        selective: what the inner norm and gelu give is not kept but made again (`Activations`).
+        """
         attended = self.attention.self(x_MD, batch, dropout_keys, chosen)
         if chosen is not None:
             x_MD, dropout_keys = x_MD[chosen.rows], _rows_of(dropout_keys, chosen)
-        x_MD = self.attention.output(attended, x_MD, dropout_keys)
-        return self.output(self.intermediate(x_MD, dropout_keys), x_MD, dropout_keys)
+        x_MD, sum_MD = self.attention.output(attended, x_MD, dropout_keys)
+        norm = self.attention.output.LayerNorm
+        with made_again(x_MD, lambda rows: norm(sum_MD[rows]), selective=selective):
+            inner_MF = self.intermediate(x_MD, dropout_keys)
+        h_MF = F.gelu(inner_MF)
+        with made_again(h_MF, lambda rows: F.gelu(inner_MF[rows]), selective=selective):
+            return self.output(h_MF, x_MD, dropout_keys)[0]
 
 
 class Layers(nn.Module):
@@ -183,7 +201,7 @@ class Encoder(nn.Module):
         batch: TokenBatch,
         *,
         dropout_seed: int | None = None,
-        checkpoint_blocks: bool = False,
+        activations: Activations = "save",
         compute_dtype: torch.dtype | None = None,
         pool: bool = False,
     ) -> Tensor:
@@ -192,8 +210,7 @@ class Encoder(nn.Module):
         Args:
             dropout_seed: switches dropout on, the network's own and the adapters'; one number per
                 optimiser step.
-            checkpoint_blocks: keep only each layer's input for the backward pass and compute the
-                rest again (Chen et al., arXiv 1604.06174).
+            activations: what layers keep for the backward pass. Same numbers, less memory.
             compute_dtype: of all activations. Default: that of the embedding.
             pool: of each segment the first token's row alone, after the pooler. The last layer
                 then computes no other query or feed-forward row: the same numbers for less.
@@ -206,18 +223,7 @@ class Encoder(nn.Module):
         chosen = batch.segments.beginnings() if pool else None
         for i, layer in enumerate(self.blocks, start=1):
             of_layer = chosen if i == len(self.blocks) else None
-            if checkpoint_blocks:
-                x_MD = checkpoint(
-                    layer,
-                    x_MD,
-                    batch,
-                    dropout_keys,
-                    of_layer,
-                    use_reentrant=False,
-                    preserve_rng_state=False,
-                )
-            else:
-                x_MD = layer(x_MD, batch, dropout_keys, of_layer)
+            x_MD = run_block(layer, activations, x_MD, batch, dropout_keys, of_layer)
         return x_MD if chosen is None else self.pooler(x_MD, _rows_of(dropout_keys, chosen))
 
 
@@ -241,14 +247,14 @@ class EncoderClassifier(Classifier):
         batch: TokenBatch,
         *,
         dropout_seed: int | None = None,
-        checkpoint_blocks: bool = False,
+        activations: Activations = "save",
         compute_dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Logits [n, C] of every note, float32 or wider."""
         pooled_nD = self.bert(
             batch,
             dropout_seed=dropout_seed,
-            checkpoint_blocks=checkpoint_blocks,
+            activations=activations,
             compute_dtype=compute_dtype,
             pool=True,
         )

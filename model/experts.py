@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
+from model.activations import RowsOf, made_again
 from model.config import DecoderConfig
 from model.linear import Linear, linear_group_of_experts
 
@@ -38,14 +39,29 @@ class SparseMLP(nn.Module):
         self.gate = Linear(config.hidden_size, config.num_local_experts, stays_floating=True)
         self.experts = nn.ModuleList(Expert(config) for _ in range(config.num_local_experts))
 
-    def forward(self, x_MD: Tensor, dropout_keys: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[M, D] -> [M, D], and the router's logits [M, E]."""
+    def forward(
+        self,
+        x_MD: Tensor,
+        dropout_keys: Tensor | None,
+        rows_of: RowsOf,
+        *,
+        selective: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """[M, D] -> [M, D], and the router's logits [M, E].
+
+        rows_of: makes chosen rows of x_MD again; with `selective` nothing keeps them.
+        """
         logits_ME = self.gate(x_MD, dropout_keys)
         weights_MJ, routing = kernels.route(logits_ME, self.top_k)
         keys = None if dropout_keys is None else dropout_keys[routing.order // self.top_k]
         rows = kernels.dispatch(x_MD, routing)
         into, out_of = self.layers()
-        gate, up = linear_group_of_experts(into, rows, routing.offsets, keys)
+        with made_again(
+            rows, lambda some: rows_of(routing.order[some] // self.top_k), selective=selective
+        ):
+            gate, up = linear_group_of_experts(into, rows, routing.offsets, keys)
+        # Of this product each expert would make its own rows, and silu in vectors of other numbers
+        # than before, which is not the same bits: it is kept.
         (y,) = linear_group_of_experts(out_of, kernels.swiglu(gate, up), routing.offsets, keys)
         return kernels.combine(y, weights_MJ, routing), logits_ME
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
+from model.activations import Activations
 from model.batch import Segments, TokenBatch
 from model.config import DecoderConfig, EncoderConfig
 from model.decoder import Decoder
@@ -84,7 +85,7 @@ class CausalLM(nn.Module):
         labels: Tensor,
         *,
         dropout_seed: int | None = None,
-        checkpoint_blocks: bool = False,
+        activations: Activations = "save",
         compute_dtype: torch.dtype | None = None,
     ) -> Loss:
         """Cross-entropy of every scored token, summed; in `aux` the experts' load balancing.
@@ -99,7 +100,7 @@ class CausalLM(nn.Module):
             batch,
             predicting=tokens.to(device, non_blocking=True),
             dropout_seed=dropout_seed,
-            checkpoint_blocks=checkpoint_blocks,
+            activations=activations,
             compute_dtype=compute_dtype,
             router_logits=router_logits,
         )
@@ -160,7 +161,7 @@ class Classifier(nn.Module, abc.ABC):
         *,
         class_weights: Tensor | None = None,
         dropout_seed: int | None = None,
-        checkpoint_blocks: bool = False,
+        activations: Activations = "save",
         compute_dtype: torch.dtype | None = None,
     ) -> Loss:
         """Cross-entropy of each note's class, or binary cross-entropy of each of its labels.
@@ -173,7 +174,7 @@ class Classifier(nn.Module, abc.ABC):
         scores_nC = self.scores(
             batch,
             dropout_seed=dropout_seed,
-            checkpoint_blocks=checkpoint_blocks,
+            activations=activations,
             compute_dtype=compute_dtype,
         )
         denominator = self.denominator(labels, class_weights)
@@ -193,7 +194,7 @@ class Classifier(nn.Module, abc.ABC):
         batch: TokenBatch,
         *,
         dropout_seed: int | None = None,
-        checkpoint_blocks: bool = False,
+        activations: Activations = "save",
         compute_dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Logits [n, C] of every note, float32 or wider."""
@@ -232,14 +233,14 @@ class SequenceClassifier(Classifier):
         batch: TokenBatch,
         *,
         dropout_seed: int | None = None,
-        checkpoint_blocks: bool = False,
+        activations: Activations = "save",
         compute_dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Logits [n, C] of every note, float32 or wider."""
         last_nD = self.model(
             batch,
             dropout_seed=dropout_seed,
-            checkpoint_blocks=checkpoint_blocks,
+            activations=activations,
             compute_dtype=compute_dtype,
             pool=True,
         )

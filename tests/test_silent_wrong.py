@@ -107,12 +107,12 @@ def test_other_adapter_frozen_by_activation() -> None:
 
 def test_gradient_checkpointing_over_frozen_embeddings() -> None:
     found = []
-    for checkpoint in (False, True):
+    for activations in ("save", "checkpoint"):
         model = make_model()
         attach(model, "clinical", LoraConfig(r=2), seed=0)
         batch = batch_of([[BOS, 5, 6, 7, EOS]])
         labels = batch.input_ids.clone()
-        model(batch, labels, checkpoint_blocks=checkpoint).loss_sum.backward()
+        model(batch, labels, activations=activations).loss_sum.backward()
         found.append({k: p.grad for k, p in model.named_parameters() if "lora_B" in k})
     for key, grad in found[0].items():
         assert grad is not None and grad.any()

@@ -451,7 +451,8 @@ def _chosen(config: RunConfig, notes: Notes, rows: np.ndarray) -> np.ndarray:
 def resolve(config: RunConfig, device: torch.device) -> RunConfig:
     """The config with the settings that follow from base and device, as run.json records them.
 
-    Raises ValueError for a stage or an adapter that the base's family does not have.
+    Raises ValueError for a stage or an adapter that the base's family does not have, and for
+    activations to be moved to where they are.
     """
     if config.model is not None and config.stage != "downstream":
         read_decoder_config(Path(config.model))
@@ -460,6 +461,11 @@ def resolve(config: RunConfig, device: torch.device) -> RunConfig:
         raise ValueError(
             f"--adapter {config.adapter} is for decoders, but {config.model} is an encoder "
             "(BERT): choose lora, full or none"
+        )
+    if config.activations == "offload" and device.type == "cpu":
+        raise ValueError(
+            "--activations offload moves them from a GPU to the host's memory, but this run is on "
+            "the CPU: choose save, selective or checkpoint, or a GPU by --device cuda"
         )
     lora = dataclasses.replace(config.lora, target_modules=_lora_targets(config))
     return dataclasses.replace(config, base_dtype=base_dtype(config, device), lora=lora)

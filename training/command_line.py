@@ -49,6 +49,7 @@ _OTHER_NAMES = {
     "--eval-steps": "--eval-every",
     "--eval-strategy": "--eval-every",
     "--gradient-accumulation-steps": "--batch-size",
+    "--gradient-checkpointing": "--activations checkpoint",
     "--learning-rate": "--lr",
     "--lora-target-modules": "--lora.target-modules",
     "--lr-scheduler-type": "--optim.schedule",
@@ -188,7 +189,7 @@ def _known_flag(name: str, known: Mapping[str, Any]) -> tuple[str, list[str]]:
         if hint is bool and name == _negated(flag):
             return flag, ["no"]
     near = _OTHER_NAMES.get(name)
-    if near not in known:
+    if near is None or near.split()[0] not in known:
         dotted = [flag for flag in known if flag.replace(".", "-") == name]
         ending = [flag for flag in known if flag.endswith("." + name.removeprefix("--"))]
         close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

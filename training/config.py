@@ -14,6 +14,7 @@ from typing import Any, Literal
 from data.conversations import BadRows
 from data.prompts import PromptName
 from data.sources import Source, read_sources
+from model.activations import Activations
 from training.neftune import NeftuneLength
 
 Stage = Literal["pretrain", "clinical", "downstream", "instruct"]
@@ -295,8 +296,9 @@ class RunConfig:
     neftune_length: NeftuneLength = "sample"
     """The length that NEFTune's noise falls with: the sample's own, or that of a row
     (--max-length)."""
-    gradient_checkpointing: bool = False
-    """Recompute each block in the backward pass: less memory, more time."""
+    activations: Activations = "save"
+    """What blocks keep for the backward pass: all; all but what norms and gates give (selective);
+    their inputs alone, to be computed again (checkpoint); these in the host's memory (offload)."""
     shard: bool = False
     """Spread the frozen base over the ranks (FSDP2), for one that a single GPU does not hold."""
     seed: int = 0

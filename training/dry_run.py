@@ -17,6 +17,7 @@ import yaml
 
 from data.packing import PackedBatch
 from lora.attach import adapter_names, adapter_parameters
+from model.activations import recomputes_blocks
 from model.heads import Classifier, Model
 from training.assemble import (
     Dataset,
@@ -42,6 +43,7 @@ from training.estimate import (
     flops,
     measured_rate,
     memory,
+    offloaded_bytes,
     program_bytes,
     spread_bytes,
 )
@@ -69,6 +71,7 @@ class Plan:
     first_epoch: np.ndarray  # int64 [n]: the segments of its steps
     drawn: dict[str, dict[str, float]]  # tokens and epochs of each named source, over the run
     memory: Memory
+    offloaded: int  # bytes of activations in the host's memory
     work: Work
     rate: float  # operations a second, measured
 
@@ -116,13 +119,14 @@ def make_plan(config: RunConfig, ranks: Ranks) -> Plan:
             "or start fewer ranks"
         )
     largest = max(itertools.chain(*steps), key=lambda batch: len(batch.input_ids))
-    checkpointing = config.gradient_checkpointing
+    checkpointing = recomputes_blocks(config.activations)
+    dtype = compute_dtype(model, ranks.device)
     need = memory(
         model,
         largest,
-        compute_dtype=compute_dtype(model, ranks.device),
+        compute_dtype=dtype,
         on_gpu=ranks.device.type == "cuda",
-        checkpointing=checkpointing,
+        activations=config.activations,
         micro_batches=max(len(step) for step in steps),
         optimiser=state_bytes((p for p in model.parameters() if p.requires_grad), config.optim),
         program=program,
@@ -167,6 +171,7 @@ def make_plan(config: RunConfig, ranks: Ranks) -> Plan:
         first_epoch=loader.first_epoch(),
         drawn=loader.drawn(total_steps),
         memory=need,
+        offloaded=offloaded_bytes(model, largest, dtype) if config.activations == "offload" else 0,
         work=work,
         rate=rate,
     )
@@ -202,6 +207,7 @@ def describe(plan: Plan, ranks: Ranks) -> str:
         f"        program {_bytes(need.program)}, weights {_bytes(need.weights)}, optimiser "
         f"{_bytes(need.optimiser)}, activations {_bytes(need.activations)}, working "
         f"{_bytes(need.working)}",
+        *([f"        offloaded {_bytes(plan.offloaded)} to the host"] if plan.offloaded else []),
         f"time:   about {duration(plan.seconds)}, of which validations "
         f"{duration(work.validations * work.validation / plan.rate)}",
         f"        from {plan.rate / 1e9:,.0f} GFLOP/s, measured just now on one block: expect it "

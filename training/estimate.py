@@ -27,6 +27,7 @@ from data.packing import PackedBatch
 from kernels.reference import CHUNK_ELEMENTS
 from lora.adapter import LoraAdapter
 from lora.adaption_prompt import AdaptionPrompt
+from model.activations import Activations, recomputes_blocks
 from model.attention import WINDOW_BLOCK
 from model.batch import Segments
 from model.config import DecoderConfig
@@ -86,7 +87,7 @@ def memory(
     *,
     compute_dtype: torch.dtype,
     on_gpu: bool,
-    checkpointing: bool,
+    activations: Activations,
     micro_batches: int,
     optimiser: int,
     program: int,
@@ -103,8 +104,8 @@ def memory(
     own, batch = batch, _behind_virtual_tokens(model, batch)
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = sum(p.nbytes for p in trained)
-    activations = saved_bytes(
-        model, own, compute_dtype=compute_dtype, on_gpu=on_gpu, checkpointing=checkpointing
+    saved = saved_bytes(
+        model, own, compute_dtype=compute_dtype, on_gpu=on_gpu, activations=activations
     )
     width = compute_dtype.itemsize
     tokens = len(batch.input_ids)
@@ -117,7 +118,7 @@ def memory(
     if isinstance(config, DecoderConfig) and config.num_local_experts:
         inner *= config.num_experts_per_tok
     passing = tokens * (2 * config.hidden_size + 3 * inner) * width
-    if blocks and checkpointing:
+    if blocks and recomputes_blocks(activations):
         # Of a classifier the last block is the smallest.
         largest = blocks[0]
         recomputed = _block_saved(
@@ -128,9 +129,9 @@ def memory(
             has_gradient=True,
             pools=_pools(model, largest),
             prefix=_prefix(model),
+            selective=False,
         )
-        # On a CPU the forward pass of a block, which keeps nothing, leaves holes of that size in
-        # the heap, and what is recomputed does not fit into them (measured, not derived).
+        # On a CPU as much again lies in holes of the heap, into which nothing fits (measured).
         passing += recomputed * (1 if on_gpu else 2)
     passing += _largest_cast(model.network, compute_dtype)
     if any(isinstance(m, Linear) and m.weight.requires_grad for m in model.modules()):
@@ -139,13 +140,13 @@ def memory(
     at_head = _head_bytes(model, own, compute_dtype)
     before = gradients if micro_batches > 1 else 0
     # Weights' gradients grow while activations go: the peak is at one end of the backward pass.
-    peak = max(activations + before + max(passing, at_head), gradients + passing)
+    peak = max(saved + before + max(passing, at_head), gradients + passing)
     return Memory(
         program=program,
         weights=sum(p.nbytes for p in itertools.chain(model.parameters(), model.buffers())),
         optimiser=optimiser,
-        activations=activations,
-        working=peak - activations,
+        activations=saved,
+        working=peak - saved,
     )
 
 
@@ -170,9 +171,12 @@ def saved_bytes(
     *,
     compute_dtype: torch.dtype,
     on_gpu: bool,
-    checkpointing: bool,
+    activations: Activations,
 ) -> int:
-    """Bytes that the forward pass of a micro-batch keeps for its backward pass, without weights."""
+    """Bytes that the forward pass of a micro-batch keeps for its backward pass, without weights.
+
+    On the device: what is held in the host's memory is counted by `offloaded_bytes`.
+    """
     scored = _scored(batch) if isinstance(model, CausalLM) else 0
     batch = _behind_virtual_tokens(model, batch)
     width, tokens, config = compute_dtype.itemsize, len(batch.input_ids), model.config
@@ -181,15 +185,23 @@ def saved_bytes(
     if isinstance(model.network, Encoder) and has_gradient:
         dropped = model.network.config.hidden_dropout_prob > 0
         saved += stream + tokens * 2 * _WIDE + tokens * config.hidden_size * dropped
+    if recomputes_blocks(activations):
+        saved += prefix.tokens * prefix.columns * width  # of all layers, beside the blocks' inputs
     for block in model.network.blocks:
-        if checkpointing:
-            # The input of every block, with a gradient or without.
-            saved += stream
+        if recomputes_blocks(activations):
             has_gradient = has_gradient or _trains(block) or prefix.trains
+            saved += stream * (activations == "checkpoint" and has_gradient)
         else:
             pools = _pools(model, block)
             saved += _block_saved(
-                block, batch, width, on_gpu, has_gradient=has_gradient, pools=pools, prefix=prefix
+                block,
+                batch,
+                width,
+                on_gpu,
+                has_gradient=has_gradient,
+                pools=pools,
+                prefix=prefix,
+                selective=activations == "selective",
             )
             has_gradient = has_gradient or _trains(block) or prefix.trains
     if has_gradient and isinstance(config, DecoderConfig):
@@ -198,11 +210,25 @@ def saved_bytes(
         saved += rows * (config.hidden_size * width + _WIDE)  # the last norm
     if isinstance(model, CausalLM):
         saved += scored * config.hidden_size * width * has_gradient
+        if isinstance(config, DecoderConfig) and config.router_aux_loss_coef and has_gradient:
+            # The routers' probabilities, for their loss.
+            saved += config.num_hidden_layers * tokens * config.num_local_experts * _WIDE
         if model.head_weight.requires_grad:
             saved += model.head_weight.nbytes
     else:
-        saved += len(batch.rows) * config.hidden_size * max(width, _WIDE)
+        pooled = len(batch.rows) * config.hidden_size
+        saved += pooled * max(width, _WIDE)
+        if isinstance(model.network, Encoder):
+            dense, is_dropped = model.network.pooler.dense, model.network.config.head_dropout > 0
+            saved += pooled * width * dense.weight.requires_grad
+            saved += pooled * (width + 1) * (is_dropped and (has_gradient or _trains(dense)))
     return saved
+
+
+def offloaded_bytes(model: Model, batch: PackedBatch, compute_dtype: torch.dtype) -> int:
+    """Bytes of the blocks' inputs of a micro-batch, which "offload" holds in the host's memory."""
+    tokens = len(_behind_virtual_tokens(model, batch).input_ids)
+    return len(_trained_blocks(model)) * tokens * model.config.hidden_size * compute_dtype.itemsize
 
 
 def _block_saved(
@@ -214,21 +240,24 @@ def _block_saved(
     has_gradient: bool,
     pools: bool,
     prefix: "_Prefix",
+    selective: bool,
 ) -> int:
     """Bytes that one block keeps; nothing while neither its input nor it has a gradient.
 
     pools: all but keys and values is of each segment's last token alone.
     """
-    kept = _Kept(batch, width, on_gpu, has_gradient=has_gradient, pools=pools)
+    kept = _Kept(batch, width, on_gpu, has_gradient=has_gradient, pools=pools, selective=selective)
     if isinstance(block, Layer):
         reader = block.attention.self
         heads = reader.query.out_features // reader.head_dim
         kept.attention(reader.query, reader.key, reader.value, heads=heads)
         for output in (block.attention.output, block.output):
             if output is block.output:
-                kept.linear(block.intermediate.dense, rows=kept.rows)
+                kept.linear(block.intermediate.dense, rows=kept.rows, is_kept=kept.made_again)
                 kept.tensor(kept.rows, block.intermediate.dense.out_features)  # gelu's input
-            kept.linear(output.dense, rows=kept.rows)
+                kept.linear(output.dense, rows=kept.rows, is_kept=kept.made_again)
+            else:
+                kept.linear(output.dense, rows=kept.rows, is_kept=kept.is_output_kept)
             kept.mask(output.dropout, kept.rows, output.dense.out_features)
             kept.norm(output.LayerNorm, kept.rows, output.dense.out_features, statistics=2)
         return kept.bytes
@@ -238,20 +267,26 @@ def _block_saved(
     kept.norm(block.input_layernorm, kept.tokens, dim, statistics=1)
     heads = own.q_proj.out_features // own.head_dim
     kept.attention(
-        own.q_proj, own.k_proj, own.v_proj, heads=heads, window=own.window, prefix=prefix
+        own.q_proj,
+        own.k_proj,
+        own.v_proj,
+        heads=heads,
+        normed=True,
+        window=own.window,
+        prefix=prefix,
     )
     for prompt in own.prompts.values():
         assert isinstance(prompt, AdaptionPrompt)
         kept.prompt(prompt, own.q_proj, own.k_proj, heads=heads)
-    kept.linear(own.o_proj, rows=kept.rows)
+    kept.linear(own.o_proj, rows=kept.rows, is_kept=kept.is_output_kept)
     kept.norm(block.post_attention_layernorm, kept.rows, dim, statistics=1)
     if sparse is not None:
         kept.experts(sparse)
     else:
         assert mlp is not None
-        kept.linear(mlp.gate_proj, mlp.up_proj, rows=kept.rows)
+        kept.linear(mlp.gate_proj, mlp.up_proj, rows=kept.rows, is_kept=kept.made_again)
         kept.tensor(kept.rows, 2 * mlp.gate_proj.out_features)  # gate and up
-        kept.linear(mlp.down_proj, rows=kept.rows)
+        kept.linear(mlp.down_proj, rows=kept.rows, is_kept=kept.made_again)
     return kept.bytes
 
 
@@ -259,15 +294,27 @@ class _Kept:
     """Counts what a block's operations keep, one after the other, once a gradient flows."""
 
     def __init__(
-        self, batch: PackedBatch, width: int, on_gpu: bool, *, has_gradient: bool, pools: bool
+        self,
+        batch: PackedBatch,
+        width: int,
+        on_gpu: bool,
+        *,
+        has_gradient: bool,
+        pools: bool,
+        selective: bool,
     ) -> None:
         self.bytes = 0
         self.tokens = len(batch.input_ids)
         self.rows = len(batch.rows) if pools else self.tokens  # of all but keys and values
         self._batch, self._width, self._on_gpu, self._pools = batch, width, on_gpu, pools
-        self._has_gradient = has_gradient
+        self._has_gradient, self._selective = has_gradient, selective
         self._keeps_queries = False  # the rows of all queries, as they come out of the rotation
-        self._keeps_output = False  # attention's output apart from what the projection keeps
+        self.is_output_kept = False  # attention's, as its projection reads it
+
+    @property
+    def made_again(self) -> bool:
+        """Whether the output of a norm or a gate that comes now is made again, not kept."""
+        return self._selective and self._has_gradient
 
     def tensor(self, rows: int, columns: int) -> None:
         self.bytes += rows * columns * self._width * self._has_gradient
@@ -281,24 +328,29 @@ class _Kept:
         self.tensor(rows, columns)
         self.bytes += rows * statistics * _WIDE * self._has_gradient
 
-    def linear(self, *layers: Linear, rows: int, experts: int = 1) -> None:
-        """The input that the layers share, and for each adapter S and its mask.
+    def linear(self, *layers: Linear, rows: int, experts: int = 1, is_kept: bool = False) -> None:
+        """The input that the layers share, if one trains that reads it; each adapter's S and mask.
 
         experts: share the rows, each with layers of its own.
+        is_kept: the input is counted already, or made again.
         """
         self._has_gradient = self._has_gradient or any(_trains(layer) for layer in layers)
-        self.tensor(rows, layers[0].in_features)
-        for adapter in itertools.chain(*(layer.adapters.values() for layer in layers)):
+        adapters = list(itertools.chain(*(layer.adapters.values() for layer in layers)))
+        readers = [layer.weight for layer in layers]
+        readers += [adapter.lora_A for adapter in adapters if isinstance(adapter, LoraAdapter)]
+        if not is_kept and any(reader.requires_grad for reader in readers):
+            self.tensor(rows, layers[0].in_features)
+        for adapter in adapters:
             assert isinstance(adapter, LoraAdapter)
             self.tensor(rows // experts, adapter.lora_A.shape[0])
             self.mask(adapter.dropout, rows // experts, layers[0].in_features)
 
     def experts(self, sparse: SparseMLP) -> None:
         """A router, and experts on copies of the tokens."""
-        self.linear(sparse.gate, rows=self.rows)
+        self.linear(sparse.gate, rows=self.rows, is_kept=self.made_again)
         into, out_of = (list(itertools.chain(*layers)) for layers in sparse.layers())
         copies, experts = self.rows * sparse.top_k, len(sparse.experts)
-        self.linear(*into, rows=copies, experts=experts)
+        self.linear(*into, rows=copies, experts=experts, is_kept=self.made_again)
         self.tensor(copies, 2 * into[0].out_features)  # gate and up
         self.linear(*out_of, rows=copies, experts=experts)
         self.tensor(copies, out_of[0].out_features)
@@ -313,14 +365,17 @@ class _Kept:
         value: Linear,
         *,
         heads: int,
+        normed: bool = False,
         window: int | None = None,
         prefix: "_Prefix | None" = None,
     ) -> None:
+        """normed: the block's own norm makes what the projections read."""
+        is_input_kept = normed and self.made_again
         if self._pools:
-            self.linear(key, value, rows=self.tokens)
+            self.linear(key, value, rows=self.tokens, is_kept=is_input_kept)
             self.linear(query, rows=self.rows)
         else:
-            self.linear(query, key, value, rows=self.tokens)
+            self.linear(query, key, value, rows=self.tokens, is_kept=is_input_kept)
         if prefix is not None and prefix.tokens:
             self._attention_behind(prefix, query, key, heads=heads)
             return
@@ -334,9 +389,14 @@ class _Kept:
         self.bytes += attended * heads * _WIDE * self._has_gradient  # log-sum-exp
         mask = 0 if self._on_gpu or self._pools else _window_mask(self._batch, window)
         self.tensor(mask, 1)
-        if groups > 1 or (padded and not self._pools) or mask:
-            self.tensor(attended, query.out_features)  # the output, before it is put in order
-            self._keeps_output = self._has_gradient
+        self._output(
+            attended, query, ordered=groups > 1 or (padded and not self._pools) or mask > 0
+        )
+
+    def _output(self, rows: int, query: Linear, *, ordered: bool) -> None:
+        """Attention's output; `ordered` where its projection reads a copy that is put in order."""
+        self.tensor(rows, query.out_features)
+        self.is_output_kept = self._has_gradient and not ordered
 
     def _attention_behind(
         self, prefix: "_Prefix", query: Linear, key: Linear, *, heads: int
@@ -366,17 +426,14 @@ class _Kept:
         self.tensor(queries, query.out_features)
         self.tensor(mask, 1)
         self.bytes += attended * heads * _WIDE * self._has_gradient  # log-sum-exp
-        if not self._on_gpu and (len(behind.groups) > 1 or attended > self.rows):
-            self.tensor(attended, query.out_features)  # the output, before it is put in order
-            self._keeps_output = self._has_gradient
+        ordered = not self._on_gpu and (len(behind.groups) > 1 or attended > self.rows)
+        self._output(attended, query, ordered=ordered)
 
     def prompt(self, prompt: AdaptionPrompt, query: Linear, key: Linear, *, heads: int) -> None:
         """Its keys and values, the queries unless attention has kept them, the output before its
         gate, and the log-sum-exp.
         """
-        if not self._keeps_output:
-            self.tensor(self.rows, query.out_features)  # which the projection now reads summed
-        self._keeps_output = True
+        self.is_output_kept = False  # its projection reads the sum
         self._has_gradient = self._has_gradient or _trains(prompt)
         if not self._keeps_queries:
             self.tensor(self.rows, query.out_features)
@@ -431,14 +488,17 @@ class _Prefix(NamedTuple):
     """Keys in front of each segment, in every layer."""
 
     tokens: int
+    columns: int  # of one token's keys and values in all layers
     trains: bool
 
 
 def _prefix(model: Model) -> _Prefix:
     network = model.network
     if not isinstance(network, Decoder):
-        return _Prefix(0, False)
-    return _Prefix(network.prefix_tokens, _trains(network.prefixes))
+        return _Prefix(0, 0, False)
+    config = network.config
+    columns = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return _Prefix(network.prefix_tokens, columns, _trains(network.prefixes))
 
 
 def _behind_virtual_tokens(model: Model, batch: PackedBatch) -> PackedBatch:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from data.packing import IGNORED, PackedBatch
+from model.activations import Activations
 from model.batch import TokenBatch
 from model.heads import CausalLM, Classifier, Loss, Model
 
@@ -35,12 +36,12 @@ class LanguageModelling:
     """Cross-entropy of every next token inside its segment."""
 
     def __init__(
-        self, model: CausalLM, device: torch.device, *, gradient_checkpointing: bool = False
+        self, model: CausalLM, device: torch.device, *, activations: Activations = "save"
     ) -> None:
         self.model = model
         self._device = device
         self._compute_dtype = compute_dtype(model, device)
-        self._gradient_checkpointing = gradient_checkpointing
+        self._activations: Activations = activations
 
     def denominator(self, batch: PackedBatch) -> float:
         assert batch.labels is not None
@@ -51,7 +52,7 @@ class LanguageModelling:
             to_device(batch, self._device),
             torch.from_numpy(batch.labels),  # stays on the host, where its rows are counted
             dropout_seed=dropout_seed,
-            checkpoint_blocks=self._gradient_checkpointing and torch.is_grad_enabled(),
+            activations=self._activations,
             compute_dtype=self._compute_dtype,
         )
 
@@ -65,12 +66,12 @@ class Classification:
         device: torch.device,
         *,
         class_weights: np.ndarray | None = None,
-        gradient_checkpointing: bool = False,
+        activations: Activations = "save",
     ) -> None:
         self.model = model
         self._device = device
         self._compute_dtype = compute_dtype(model, device)
-        self._gradient_checkpointing = gradient_checkpointing
+        self._activations: Activations = activations
         self._class_weights = class_weights
 
     def denominator(self, batch: PackedBatch) -> float:
@@ -88,7 +89,7 @@ class Classification:
             torch.from_numpy(batch.targets),
             class_weights=None if weights is None else torch.from_numpy(weights),
             dropout_seed=dropout_seed,
-            checkpoint_blocks=self._gradient_checkpointing and torch.is_grad_enabled(),
+            activations=self._activations,
             compute_dtype=self._compute_dtype,
         )
 

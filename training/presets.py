@@ -156,7 +156,7 @@ def medalpaca() -> RunConfig:
         epochs=3.0,
         lr=2e-5,
         optim=OptimSettings(schedule="cosine", warmup_ratio=0.03, weight_decay=0.0),
-        gradient_checkpointing=True,
+        activations="checkpoint",
         eval_every=200,
     )
 
@@ -172,7 +172,7 @@ def medalpaca_lora() -> RunConfig:
         lora=LoraSettings(r=8, alpha=16.0, dropout=0.1),
         batch_size=128,
         optim=OptimSettings(schedule="cosine", warmup_steps=100, weight_decay=0.0),
-        gradient_checkpointing=False,
+        activations="save",
     )
 
 

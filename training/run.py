@@ -26,6 +26,7 @@ from data.order import Share
 from data.packing import ClassificationNotes
 from lora.attach import adapter_names
 from lora.peft_format import save_adapter
+from model.activations import recomputes_blocks
 from model.checkpoint import copy_tokenizer, save_model
 from model.ending import RunFailed
 from model.files import describe_files, write_safetensors, write_sealed_json
@@ -296,7 +297,7 @@ def _time_left(
             model,
             train_set.lengths(loader.first_epoch()),
             trains=True,
-            checkpointing=config.gradient_checkpointing,
+            checkpointing=recomputes_blocks(config.activations),
         )
         / loader.steps_per_epoch()
     )
@@ -313,9 +314,7 @@ def make_objective(
 ) -> LanguageModelling | Classification:
     """What the run's stage optimises."""
     if isinstance(model, CausalLM):
-        return LanguageModelling(
-            model, device, gradient_checkpointing=config.gradient_checkpointing
-        )
+        return LanguageModelling(model, device, activations=config.activations)
     class_weights = None
     assert isinstance(notes.cache, TokenCache)
     if config.class_weights and not notes.cache.multilabel:
@@ -326,7 +325,7 @@ def make_objective(
         model,
         device,
         class_weights=class_weights,
-        gradient_checkpointing=config.gradient_checkpointing,
+        activations=config.activations,
     )
 
 

@@ -169,8 +169,8 @@ def test_recomputed_blocks_give_a_frozen_base_the_same_adapter_gradients(dropout
     batch, labels = packed(make_notes(97))
     kept, recomputed = make_adapted(dropout), make_adapted(dropout)
     losses = []
-    for model, checkpoint_blocks in ((kept, False), (recomputed, True)):
-        loss = model(batch, labels, dropout_seed=3, checkpoint_blocks=checkpoint_blocks)
+    for model, activations in ((kept, "save"), (recomputed, "checkpoint")):
+        loss = model(batch, labels, dropout_seed=3, activations=activations)
         loss.loss_sum.backward()
         losses.append(loss.loss_sum.detach())
     assert torch.equal(*losses)
@@ -184,7 +184,7 @@ def test_recomputed_blocks_give_a_frozen_base_the_same_adapter_gradients(dropout
 def test_recomputed_blocks_keep_less_for_the_backward_pass() -> None:
     batch, labels = packed(make_notes(97))
     kept_bytes = []
-    for checkpoint_blocks in (False, True):
+    for activations in ("save", "checkpoint"):
         model, sizes = make_adapted(0.0), {}
 
         def count(tensor: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
@@ -192,7 +192,7 @@ def test_recomputed_blocks_keep_less_for_the_backward_pass() -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            model(batch, labels, checkpoint_blocks=checkpoint_blocks)
+            model(batch, labels, activations=activations)
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
         kept_bytes.append(sum(size for place, size in sizes.items() if place not in weights))
     assert kept_bytes[1] < 0.5 * kept_bytes[0]

@@ -1,12 +1,14 @@
 """The encoder against transformers' BERT: logits, gradients, training, packing, dropout."""
 
 import copy
+import typing
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from model.activations import Activations
 from model.batch import TokenBatch
 from tests.model.bert import (
     hugging_face_twin,
@@ -150,14 +152,16 @@ def test_packed_equals_one_by_one(dropout_seed: int | None) -> None:
             assert relative_error(gradient, gradients(alone)[name]) < 1e-12, name
 
 
-@pytest.mark.parametrize("checkpoint_blocks", [False, True])
+@pytest.mark.parametrize("activations", typing.get_args(Activations))
 @pytest.mark.parametrize("dropout_seed", [None, 5])
-def test_pooling_early_changes_no_number(checkpoint_blocks: bool, dropout_seed: int | None) -> None:
+def test_pooling_early_changes_no_number(
+    activations: Activations, dropout_seed: int | None
+) -> None:
     """The last layer for [CLS] alone, against all of its rows: pooled rows and gradients."""
     model = make_classifier(make_config(hidden_dropout_prob=0.3))
     whole = copy.deepcopy(model)
     batch = make_notes()
-    options: dict[str, Any] = {"dropout_seed": dropout_seed, "checkpoint_blocks": checkpoint_blocks}
+    options: dict[str, Any] = {"dropout_seed": dropout_seed, "activations": activations}
     pooled = model.bert(batch, pool=True, **options)
     hidden = whole.bert(batch, **options)[batch.segments.cu_seqlens[:-1]]
     expected = whole.bert.pooler(hidden)

@@ -172,7 +172,7 @@ def test_recomputed_blocks_give_the_same_gradients(name: str) -> None:
     kept, recomputed = make_causal_lm(CONFIGS[name]), make_causal_lm(CONFIGS[name])
     batch, labels = make_batch(97)
     kept(batch, labels).total.backward()
-    recomputed(batch, labels, checkpoint_blocks=True).total.backward()
+    recomputed(batch, labels, activations="checkpoint").total.backward()
     for parameter, gradient in gradients(kept).items():
         assert torch.equal(gradient, gradients(recomputed)[parameter]), parameter
 

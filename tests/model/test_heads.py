@@ -1,6 +1,7 @@
 """The heads against transformers and torch's own losses, and the promises of their losses."""
 
 import copy
+import typing
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lora.attach import adapter_parameters, attach
 from lora.config import LoraConfig
+from model.activations import Activations
 from model.batch import Segments, TokenBatch
 from model.heads import IGNORE, CausalLM, SequenceClassifier, supervised_tokens
 from tests.model.oracle import (
@@ -181,11 +183,11 @@ def test_classifier_packed_equals_one_by_one() -> None:
         assert relative_error(gradient, gradients(alone)[name]) < 1e-12, name
 
 
-@pytest.mark.parametrize("checkpoint_blocks", [False, True])
+@pytest.mark.parametrize("activations", typing.get_args(Activations))
 @pytest.mark.parametrize("dropout_seed", [None, 5])
 @pytest.mark.parametrize("name", ["grouped-query", "mistral-window", "mixtral-window"])
 def test_pooling_early_changes_no_number(
-    name: str, checkpoint_blocks: bool, dropout_seed: int | None
+    name: str, activations: Activations, dropout_seed: int | None
 ) -> None:
     """The last block for the last tokens alone, against all of its rows: logits and gradients."""
     model = make_classifier(3, name=name)
@@ -197,7 +199,7 @@ def test_pooling_early_changes_no_number(
     whole = copy.deepcopy(model)
     _, batch = make_notes()
     classes = torch.tensor([0, 2, 1, 2])
-    options = {"dropout_seed": dropout_seed, "checkpoint_blocks": checkpoint_blocks}
+    options = {"dropout_seed": dropout_seed, "activations": activations}
     pooled = model.model(batch, pool=True, **options)
     hidden = whole.model(batch, **options)[batch.segments.cu_seqlens[1:] - 1]
     assert relative_error(pooled, hidden) < 1e-12
@@ -238,7 +240,7 @@ def test_heads_recompute_blocks_on_demand() -> None:
     for model, labels in ((make_causal_lm(make_config()), ids), (make_classifier(3), classes)):
         other = copy.deepcopy(model)
         model(batch, labels).loss_sum.backward()
-        other(batch, labels, checkpoint_blocks=True).loss_sum.backward()
+        other(batch, labels, activations="checkpoint").loss_sum.backward()
         for name, gradient in gradients(model).items():
             assert torch.equal(gradient, gradients(other)[name]), name
 

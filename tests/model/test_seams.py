@@ -180,7 +180,7 @@ def test_packed_equals_one_by_one_with_gradients(
         assert one.any()
         close(one, other, 1e-10)
     for one, other in zip(
-        gradients([packed(segments)], checkpoint_blocks=True), together, strict=True
+        gradients([packed(segments)], activations="checkpoint"), together, strict=True
     ):
         assert torch.equal(one, other)
 

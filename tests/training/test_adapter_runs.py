@@ -63,7 +63,7 @@ def test_a_resumed_run_ends_in_the_same_bytes(
     out = run(broken, resume=True)
     assert metrics_of(out) == metrics_of(whole)
     assert weights_and_states(out) == weights_and_states(whole)
-    again = run(replace(config, out=str(tmp_path / "blocks"), gradient_checkpointing=True))
+    again = run(replace(config, out=str(tmp_path / "blocks"), activations="checkpoint"))
     for name, tensor in load_file(again / "adapter/clinical/adapter_model.safetensors").items():
         torch.testing.assert_close(
             tensor, load_file(whole / "adapter/clinical/adapter_model.safetensors")[name]

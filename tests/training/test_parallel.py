@@ -136,7 +136,7 @@ def test_one_rank_exchanges_nothing() -> None:
 @pytest.mark.parametrize(
     ("stage", "changes"),
     [
-        ("clinical", {"base_dtype": "int8", "gradient_checkpointing": True}),
+        ("clinical", {"base_dtype": "int8", "activations": "checkpoint"}),
         ("downstream", {}),
     ],
     ids=["language, int8, checkpointing", "classifier"],

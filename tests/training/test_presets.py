@@ -43,7 +43,7 @@ MEADOW = {
 }  # fmt: skip
 MEADOW_LORA = {
     "batch_size": 128, "lora.r": 8, "lora.alpha": 16, "lora.dropout": 0.1, "adapter": "lora",
-    "optim.warmup_steps": 100, "gradient_checkpointing": False, "optim.states": "float32",
+    "optim.warmup_steps": 100, "activations": "save", "optim.states": "float32",
 }  # fmt: skip
 STANFORD = {
     "adapter": "full", "batch_size": 128, "max_length": 512, "optim.schedule": "cosine",
@@ -76,7 +76,7 @@ PUBLISHED: Mapping[Preset, tuple[str, dict[str, Any]]] = {
     "medalpaca": (
         "instruct",
         MEADOW
-        | {"adapter": "full", "batch_size": 256, "gradient_checkpointing": True}
+        | {"adapter": "full", "batch_size": 256, "activations": "checkpoint"}
         | {"optim.warmup_ratio": 0.03, "optim.warmup_steps": None},
     ),
     "medalpaca-lora": ("instruct", MEADOW | MEADOW_LORA | {"base_dtype": None}),

@@ -96,8 +96,8 @@ def test_the_denominator_of_the_host_is_that_of_the_loss(
 def test_every_trainable_tensor_gets_a_gradient_and_moves(
     stage: str, make_config: Callable[..., RunConfig]
 ) -> None:
-    for checkpointing in (False, True):
-        bench = Bench(replace(make_config(stage), gradient_checkpointing=checkpointing), 4)
+    for activations in ("save", "checkpoint"):
+        bench = Bench(replace(make_config(stage), activations=activations), 4)
         before = bench.weights()
         bench.step()
         after = bench.weights()
