@@ -193,6 +193,7 @@ def test_pooling_early_changes_no_number(
     model = make_classifier(3, name=name)
     settings = LoraConfig(r=3, lora_dropout=0.3, target_modules="all-linear")
     attach(model, "downstream", settings, seed=0)
+    torch.manual_seed(0)
     for parameter in adapter_parameters(model, "downstream"):
         nn.init.normal_(parameter, std=0.2)
     model.double()
@@ -207,6 +208,9 @@ def test_pooling_early_changes_no_number(
         nn.functional.cross_entropy(one.score(rows), classes).backward()
     assert gradients(model).keys() == gradients(whole).keys()
     for parameter, gradient in gradients(whole).items():
+        if not gradient.any():  # of an expert that no note's last token chose
+            assert not gradients(model)[parameter].any(), parameter
+            continue
         assert relative_error(gradients(model)[parameter], gradient) < 1e-12, parameter
 
 

@@ -56,5 +56,9 @@ def test_what_a_run_would_refuse_is_refused(
     assert train.main([*command.split(), "--overwrite"]) == 0
     assert capfd.readouterr().out.startswith("# dry run: nothing is trained")
     assert {path: path.stat().st_mtime_ns for path in Path(config.out).rglob("*")} == before
+    assert train.main([*command.split(), "--overwrite", "--activations", "offload"]) == 2
+    assert "this run is on the CPU: choose save, selective" in capfd.readouterr().err
+    assert train.main([*command.split(), "--overwrite", "--gradient-checkpointing"]) == 2
+    assert "did you mean --activations checkpoint?" in capfd.readouterr().err
     assert train.main([*command.split(), "--overwrite", "--lora.target-modules", "q_prj"]) == 2
     assert "q_proj" in capfd.readouterr().err
