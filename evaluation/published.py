@@ -1,9 +1,10 @@
 """Published figures, to be printed beside ours. The invariant: nothing computes with these.
 
 Clinical LLaMA-LoRA (arXiv 2307.03042, first two versions): AUROC in percent, of notes cut at 128
-tokens. The paper's macro averages are not its rows' means in two rows; here the mean is always
-computed from the row. MedAlpaca: the tables of the repository kbressem/medAlpaca. Of the M42 study
-(arXiv 2409.14988) no figure of a benchmark is known here, so there is none.
+tokens. The paper's macro averages are not its rows' means in three rows (LLaMA's head, BlueBERT by
+LoRA, PMC-LLaMA with the frozen clinical adapter); here the mean is always computed from the row.
+MedAlpaca: the tables of the repository kbressem/medAlpaca. Of the M42 study (arXiv 2409.14988) no
+figure of a benchmark is known here, so there is none.
 """
 
 from collections.abc import Mapping

@@ -458,7 +458,7 @@ def question_summary(results: Mapping[str, Any]) -> Iterator[str]:
         for name, one in results[f"per_{group}"].items():
             yield f"  {name}: {said(one)}"
     if (found := results["comparison"]) is not None:
-        yield f"above {found['run']} by {found['difference']:.3f}, p {found['p']:.3g}"
+        yield f"difference {found['difference']:+.3f} to {found['run']}, p {found['p']:.3g}"
     yield f"answers and results are in {results['folder']}"
 
 

@@ -245,7 +245,7 @@ def _cell(cell: Mapping[str, Any] | None) -> str:
     text = f"{100 * cell['auroc']:.2f}"
     if cell["auroc_sd"] is not None:
         text += f" ± {100 * cell['auroc_sd']:.2f}"
-    if cell["auroc_ci"] is not None:
+    elif cell["auroc_ci"] is not None:  # of one seed, so not beside a mean over several
         low, high = cell["auroc_ci"]
         text += f" [{100 * low:.2f}, {100 * high:.2f}]"
     return text + aside(cell["published"])

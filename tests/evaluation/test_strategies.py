@@ -465,6 +465,9 @@ def test_strategies_share_their_rationales_and_stand_beside_each_other(tmp_path:
     difference = compared["accuracy"] - results["accuracy"]
     assert compared["comparison"]["difference"] == pytest.approx(difference)
     assert compared["comparison"]["strategy"] == "medprompt"
+    for value, shown in ((-0.25, "difference -0.250 to R, p 1"), (0.5, "difference +0.500 to R")):
+        compared["comparison"] = {"run": "R", "difference": value, "p": 1.0}
+        assert any(line.startswith(shown) for line in question_summary(compared))
 
 
 def test_published_counts_stand_beside_what_was_scored(tmp_path: Path) -> None:

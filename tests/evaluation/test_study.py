@@ -19,6 +19,7 @@ from evaluation.study import (
     DECODER_ROWS,
     ENCODER_ROWS,
     Study,
+    _cell,
     _macro,
     adaptation_config,
     main,
@@ -204,6 +205,12 @@ def test_the_macro_average_waits_for_all_tasks_and_is_their_plain_mean() -> None
     assert _macro(cells, TASKS) is None
     cells["los"] = {"auroc": None}  # type: ignore[dict-item]
     assert _macro(cells, TASKS) is None
+
+
+def test_a_mean_over_seeds_stands_without_one_seeds_interval() -> None:
+    cell = {"auroc": 0.7, "auroc_sd": None, "auroc_ci": [0.6, 0.8], "published": 71.5}
+    assert _cell(cell) == "70.00 [60.00, 80.00] (71.50)"
+    assert _cell(cell | {"auroc_sd": 0.01}) == "70.00 ± 1.00 (71.50)"
 
 
 def test_the_published_figures_are_whole() -> None:
