@@ -1,6 +1,7 @@
 """The decoder against transformers, and its own promises: packing, recomputation, dropout keys."""
 
 import copy
+from collections import defaultdict
 
 import pytest
 import torch
@@ -85,22 +86,28 @@ def test_agrees_with_transformers_in_float64(name: str) -> None:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_float32_is_as_near_to_the_truth_as_transformers(name: str) -> None:
-    exact = make_causal_lm(CONFIGS[name])
-    rounded = copy.deepcopy(exact).float()
-    exact.load_state_dict({key: value.double() for key, value in rounded.state_dict().items()})
-    twin = hugging_face_twin(rounded)
-    notes = make_notes(exact.config.vocab_size)
-    true_logits, true_loss = run_oracle(truth := float64_twin(exact), notes)
-    logits, loss = run_ours(rounded, notes)
-    twin_logits, twin_loss = run_oracle(twin, notes)
-    assert relative_error(logits, true_logits) <= 2 * relative_error(twin_logits, true_logits)
-    # One number may be right by luck: a few roundings of it are always allowed.
-    allowed = max(2 * relative_error(twin_loss, true_loss), 1e-6)
-    assert relative_error(loss, true_loss) <= allowed
-    found, oracle, true = fused(gradients(rounded)), gradients(twin), gradients(truth)
-    for parameter, gradient in true.items():
-        allowed = 2 * relative_error(oracle[parameter], gradient)
-        assert relative_error(found[parameter], gradient) <= allowed, parameter
+    """Errors are root mean squares over four models: one may round well or badly by luck."""
+    ours: dict[str, float] = defaultdict(float)
+    theirs: dict[str, float] = defaultdict(float)
+    for seed in range(4):
+        exact = make_causal_lm(CONFIGS[name], seed=seed)
+        rounded = copy.deepcopy(exact).float()
+        exact.load_state_dict({key: value.double() for key, value in rounded.state_dict().items()})
+        twin = hugging_face_twin(rounded)
+        notes = make_notes(exact.config.vocab_size)
+        true_logits, true_loss = run_oracle(truth := float64_twin(exact), notes)
+        logits, loss = run_ours(rounded, notes)
+        twin_logits, twin_loss = run_oracle(twin, notes)
+        true = {"logits": true_logits, "loss": true_loss} | gradients(truth)
+        found = {"logits": logits, "loss": loss} | fused(gradients(rounded))
+        oracle = {"logits": twin_logits, "loss": twin_loss} | gradients(twin)
+        for what, exactly in true.items():
+            ours[what] += relative_error(found[what], exactly) ** 2
+            theirs[what] += relative_error(oracle[what], exactly) ** 2
+    # The loss is a single number: a few roundings of it are always allowed.
+    theirs["loss"] = max(theirs["loss"], 1e-12)
+    for what, error in ours.items():
+        assert error <= 4 * theirs[what], what
 
 
 @pytest.mark.parametrize("name", ["grouped-query", "llama3-rope", "linear-rope", "wide-heads"])
