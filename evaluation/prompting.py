@@ -137,32 +137,19 @@ SOLVED_SHOTS = tuple(
 def parse_answer(text: str, options: Sequence[str]) -> int | None:
     """The option, from 0, that a written answer names; None where it names none or several.
 
-    Read in this order: after the last "answer is" or "answer:"; a letter in front; one letter in
-    brackets; the only option whose whole text stands in it.
+    Read after the last "answer is" or "answer:", without these from the beginning.
     """
-    letters = LETTERS[: len(options)]
-    after = re.split(r"answer(?:\s+is)?\s*[:\s]\s*", text, flags=re.IGNORECASE)[-1].strip()
-    if match := re.match(rf"[\[(*\s]*([{letters}])(?:[\])*:.,;\s]|$)", after):
-        return letters.index(match[1])
-    bracketed = set(re.findall(rf"[\[(]([{letters}])[\])]", after))
-    if len(bracketed) == 1:
-        return letters.index(bracketed.pop())
-    return _only_named(after, options)
+    after = re.split(r"answer(?:\s+is\b|\s*:)", text, flags=re.IGNORECASE)[-1]
+    return _read_option(after, options)
 
 
 def parse_steps(text: str, options: Sequence[str]) -> int | None:
-    """What a chain of thought comes to: the first letter after its last "answer is".
+    """What a chain of thought comes to: the option that is named after its last "answer is".
 
-    Where no letter stands there, the only option whose whole text does. What the model wrote from
-    a next "Question:" on is not read.
+    What the model wrote from a next "Question:" on is not read.
     """
-    parts = re.split(r"answer is", text.split(NEXT_STEPS)[0], flags=re.IGNORECASE)
-    if len(parts) < 2:
-        return None
-    letters = LETTERS[: len(options)]
-    if match := re.search(rf"(?<!\w)([{letters}])(?!\w)", parts[-1]):
-        return letters.index(match[1])
-    return _only_named(parts[-1], options)
+    parts = re.split(r"answer is\b", text.split(NEXT_STEPS)[0], flags=re.IGNORECASE)
+    return _read_option(parts[-1], options) if len(parts) > 1 else None
 
 
 def parse_reasoned(text: str, options: Sequence[str]) -> int | None:
@@ -189,10 +176,53 @@ def parse_medalpaca(text: str, _: Sequence[str]) -> int | None:
     return LETTERS.index(match[1]) if match else None
 
 
-def _only_named(text: str, options: Sequence[str]) -> int | None:
-    named = [
-        i
+# What makes a capital in front of an answer its letter: "A: fever", "A because ..." and "A or B",
+# unlike "A fever", "B cells" and "D-dimer".
+_AFTER_LETTER = r"(?=[])*:.,;\"']|\s*(?:\n|$)|\s+(?:is|as|because|since|or|and|[-–—])\s)"
+_JOINED = re.compile(r"[^\w\n]*((?:or|and)\b[^\w\n]*)?(?:(?:an?|the|option|choice)\b[^\w\n]*)*")
+
+
+def _read_option(text: str, options: Sequence[str]) -> int | None:
+    """The option that a text names: by the letter in front of it, or else the only one named.
+
+    An option is named by its whole text, or by its letter in brackets. Letters within an option's
+    text ("vitamin C") name nothing, and neither does a letter in front that another option is
+    joined to ("A or B").
+    """
+    letters = LETTERS[: len(options)]
+    named = _whole_texts(text, options)
+
+    def is_free(place: int) -> bool:
+        return not any(start <= place < end and end - start > 1 for start, end, _ in named)
+
+    in_front = rf"[\W_]*(?:(?i:option|choice|letter)\W+)?([{letters}]){_AFTER_LETTER}"
+    if (found := re.match(in_front, text)) and is_free(found.start(1)):
+        choice = letters.index(found[1])
+        joined = _JOINED.match(text, found.end(1))
+        assert joined is not None
+        others = {option for start, _, option in named if start == joined.end()}
+        second = rf"([{letters}])" + (r"(?!\w)" if joined[1] else _AFTER_LETTER)
+        if (other := re.compile(second).match(text, joined.end())) and is_free(joined.end()):
+            others.add(letters.index(other[1]))
+        return choice if others <= {choice} else None
+    chosen = {option for _, _, option in named}
+    for bracketed in re.finditer(rf"[\[(]([{letters}])[\])]", text):
+        if is_free(bracketed.start(1)):
+            chosen.add(letters.index(bracketed[1]))
+    return chosen.pop() if len(chosen) == 1 else None
+
+
+def _whole_texts(text: str, options: Sequence[str]) -> list[tuple[int, int, int]]:
+    """Where options' whole texts stand: beginning, end, option; none that lies in a longer one."""
+    found = [
+        (match.start(), match.end(), i)
         for i, option in enumerate(options)
-        if re.search(rf"(?<!\w){re.escape(option)}(?!\w)", text, flags=re.IGNORECASE)
+        for match in re.finditer(
+            rf"(?<!\w)(?<!\d[.,]){re.escape(option)}(?!\w)(?![.,]\d)", text, flags=re.IGNORECASE
+        )
     ]
-    return named[0] if len(named) == 1 else None
+    return [
+        (start, end, i)
+        for start, end, i in found
+        if not any(a <= start and end <= b and (a, b) != (start, end) for a, b, _ in found)
+    ]

@@ -202,7 +202,7 @@ def summary(results: dict[str, Any]) -> Iterator[str]:
         found = results["comparison"]["auroc"]
         chance = "" if found["p"] is None else f", p {found['p']:.3g}"
         difference = _with_interval(found["difference"], found["ci"])
-        yield f"auroc above {results['comparison']['run']} by {difference}{chance}"
+        yield f"auroc difference to {results['comparison']['run']}: {difference}{chance}"
     per_label = results.get("per_label", {})
     if len(per_label) > MOST_LABELS_SAID:
         yield (

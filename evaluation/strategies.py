@@ -297,10 +297,10 @@ STRATEGIES: Mapping[StrategyName, Strategy] = {
     "letter": Strategy(ask=by_letter, version=2),
     "choice": Strategy(ask=by_choice, version=2),
     "choice-normalised": Strategy(ask=partial(by_choice, is_normalised=True), version=2),
-    "answer": Strategy(ask=by_written_answer, version=2, max_new_tokens=16),
-    "chain-of-thought": Strategy(ask=by_steps, version=1, max_new_tokens=1024),
+    "answer": Strategy(ask=by_written_answer, version=3, max_new_tokens=16),
+    "chain-of-thought": Strategy(ask=by_steps, version=2, max_new_tokens=1024),
     "self-consistency": Strategy(
-        ask=by_steps, version=1, max_new_tokens=1024, temperature=0.8, votes=5, draws=True
+        ask=by_steps, version=2, max_new_tokens=1024, temperature=0.8, votes=5, draws=True
     ),
     "medalpaca": Strategy(
         ask=by_medalpaca,

@@ -15,7 +15,7 @@ import eval as command
 from data.questions import LETTERS, Question, read_questions
 from data.tokenizer import load_tokenizer
 from evaluation.answering import Asked, ModelAnswerer, Prompt, Scored, Written
-from evaluation.prompting import letter_prompt, parse_answer
+from evaluation.prompting import letter_prompt, parse_answer, parse_steps
 from evaluation.questions import QuestionConfig, accuracies, confusion, paired_accuracy
 from evaluation.strategies import STRATEGIES, Setting, StrategyName
 from model.checkpoint import load_causal_lm
@@ -159,6 +159,59 @@ def test_shuffled_options_leave_a_position_blind_scorer_as_it_was(strategy: Stra
 )
 def test_an_answer_is_read(text: str, choice: int | None) -> None:
     assert parse_answer(text, ("cough", "fever", "pain")) == choice
+
+
+VITAMINS = ("Vitamin C", "Vitamin D", "Vitamin K", "Thiamine")
+DRUGS = ("Digoxin", "A beta blocker", "Warfarin", "Heparin", "E. coli")
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "choice"),
+    [
+        ("vitamin C", VITAMINS, 0),
+        ("vitamin D.", VITAMINS, 1),
+        ("hepatitis B", ("Hepatitis B", "Hepatitis C"), 0),
+        ("hepatitis B", ("Hepatitis", "Rubella", "Hepatitis B"), 2),  # the longer of two
+        ("hepatitis C.", ("Hepatitis A", "Rubella", "Measles"), None),
+        ("A beta blocker.", DRUGS, 1),
+        ("a beta blocker", ("Digoxin", "Beta blocker"), 1),
+        ("B: a beta blocker", DRUGS, 1),
+        ("B: digoxin", DRUGS, None),  # its letter and its text are of two options
+        ("E. coli", ("Warfarin", "E. coli", "Heparin", "Digoxin", "None"), 1),
+        ("E. coli is it", DRUGS, 4),
+        ("A patient like this takes heparin", DRUGS, 3),
+        ("B cells make it", DRUGS, None),
+        ("D-dimer", DRUGS, None),
+        ("A or B", DRUGS, None),
+        ("A, B", DRUGS, None),
+        ("A) or B)", DRUGS, None),
+        ("either A or B", DRUGS, None),
+        ("A and digoxin", DRUGS, 0),
+        ("A or heparin", DRUGS, None),
+        ("A or the heparin", DRUGS, None),
+        ("B. A patient with asthma should not have it", DRUGS, 1),
+        ("C, and it is cheap", DRUGS, 2),
+        ("C because digoxin is dangerous", DRUGS, 2),
+        ("option C.", DRUGS, 2),
+        ("**C**", DRUGS, 2),
+        ("\n\nC\n\nB. is wrong", DRUGS, 2),
+        ("0.5 mg", ("5 mg", "50 mg", "0.5 mg"), 2),
+        ("0.5 mg", ("5 mg", "50 mg", "1 mg"), None),
+        ("B", ("A", "B", "AB", "O"), 1),  # blood groups
+    ],
+)
+def test_words_are_not_letters_and_two_options_are_none(
+    text: str, options: tuple[str, ...], choice: int | None
+) -> None:
+    for written in (text, f"So the answer is {text}", f"The answer is:{text}"):
+        assert parse_answer(written, options) == choice
+    assert parse_steps(f"Of course. The answer is {text}", options) == choice
+
+
+def test_only_what_announces_an_answer_is_split_at() -> None:
+    assert parse_answer("B. This is the correct answer because of it", DRUGS) == 1
+    assert parse_answer("Answer: C", DRUGS) == 2
+    assert parse_answer("the answer isn't A", DRUGS) is None
 
 
 def test_pairs_are_compared() -> None:

@@ -258,6 +258,7 @@ def test_two_runs_are_compared_on_the_same_notes(
     assert found["this"] == pytest.approx(results["auroc"], abs=1e-12)
     assert found["ci"][0] < found["difference"] < found["ci"][1]
     assert 0 < found["p"] <= 1
+    assert any(line.startswith(f"auroc difference to {other}: ") for line in summary(results))
     table = other / "eval" / "predictions.csv"
     table.write_text(table.read_text().replace('"yes","no"', '"no","no"', 1))
     with pytest.raises(ValueError, match="cannot be paired"):
