@@ -432,8 +432,9 @@ class RunConfig:
                 and self.adapter != "none"
             ):
                 raise ValueError(
-                    f'--stage {self.stage} names its adapter "clinical", and so does '
-                    "--init-adapter: continue that one with --adapter none"
+                    f"--adapter {self.adapter} makes a second adapter beside that of "
+                    f"--init-adapter, and --stage {self.stage} has one alone: continue that one "
+                    "with --adapter none"
                 )
             if self.adapter == "none" and (self.init_adapter is None or self.freeze_init_adapter):
                 raise ValueError(

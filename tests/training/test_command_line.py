@@ -139,7 +139,7 @@ REFUSED = {
     ),
     "two adapters of a name": (
         [*CLINICAL, *OWN, "--init-adapter", "A"],
-        "continue that one with --adapter none",
+        "--adapter lora makes a second adapter beside that of --init-adapter, and --stage clinical",
     ),
     "scratch with an adapter": (
         ["--stage", "pretrain", *OWN, "--from-scratch", "--adapter", "lora"],
@@ -147,7 +147,7 @@ REFUSED = {
     ),
     "two pretraining adapters of a name": (
         ["--stage", "pretrain", *OWN, "--init-adapter", "A", "--adapter", "lora"],
-        "continue that one with --adapter none",
+        "--stage pretrain has one alone: continue that one with --adapter none",
     ),
     "two sources elsewhere": (
         [*CLINICAL, "--model", "M", "--data", "D", "--data", "E"],
