@@ -1,8 +1,9 @@
 """Several sources of texts at once, each with its share of the training tokens: what is typed.
 
 A word NAME=PATH:WEIGHT is one source; weights are shares of the tokens drawn, whatever their sum,
-and without any each source is drawn as often as it has tokens. Invariant: a path alone is no named
-source, so one unnamed path means what it always did.
+and without any each source's is what an epoch draws of it. Invariant: a path alone is no named
+source, so one unnamed path means what it always did; a word alone that is the path of something
+there, such as year=2020/notes.csv, is a path.
 """
 
 import math
@@ -33,7 +34,7 @@ def read_sources(data: str | Sequence[str] | None) -> tuple[Source, ...]:
     if data is None:
         return ()
     if isinstance(data, str):
-        if not _NAMED.fullmatch(data):
+        if not _NAMED.fullmatch(data) or os.path.exists(data):
             return ()
         words = (data,)
     else:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -198,6 +199,18 @@ def test_what_another_source_trains_on_is_not_held_out(make_cache) -> None:
     # A note without a patient is a unit of its own.
     assert joined.patient_digests is not None
     assert joined.patient_digests[300:].tolist() == by_text.text_digests.tolist()
+
+
+def test_a_word_that_is_a_path_there_is_that_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (source,) = read_sources("year=2020/notes.csv")
+    assert source == ("year", "2020/notes.csv", None)
+    (tmp_path / "year=2020").mkdir()
+    (tmp_path / "year=2020" / "notes.csv").write_text("text\na\n")
+    assert read_sources("year=2020/notes.csv") == read_sources("year=2020") == ()
+    assert read_sources(["year=2020/notes.csv:1"]) == (("year", "2020/notes.csv", 1.0),)
 
 
 def test_words_become_sources() -> None:
