@@ -305,16 +305,20 @@ def _joined(
         for cache in caches
     ]
     firsts = joined.firsts.tolist()
-    tokens = [int(c.lengths(s.train).sum()) for c, s in zip(caches, splits, strict=True)]
-    # Without weights each source counts as what it has, so that all end their epochs together.
+    # Without weights each source counts as what an epoch draws of it, so that all end theirs
+    # together.
+    trained = [
+        _pieces(config, tokenizer, cache, split.train)
+        for cache, split in zip(caches, splits, strict=True)
+    ]
     weights = [
-        tokens[i] if source.weight is None else source.weight
-        for i, source in enumerate(config.sources)
+        pieces.lengths(np.arange(len(pieces))).sum() if source.weight is None else source.weight
+        for source, pieces in zip(config.sources, trained, strict=True)
     ]
     sources = tuple(
         SourceNotes(
             source.name,
-            weights[i] / max(1e-300, sum(weights)),
+            float(weights[i] / max(1e-300, sum(weights))),
             firsts[i],
             firsts[i + 1],
             prints[source.name],
@@ -381,14 +385,7 @@ def make_dataset(
             scores_inputs=is_trained_on and config.train_on_inputs,
         )
     if config.stage != "downstream":
-        return LanguagePieces(
-            notes.cache,
-            rows,
-            max_length=config.max_length,
-            bos_id=notes.tokenizer.bos_id,
-            eos_id=notes.tokenizer.eos_id,
-            first_only=config.pieces == "first",
-        )
+        return _pieces(config, notes.tokenizer, notes.cache, rows)
     assert isinstance(notes.cache, TokenCache)
     return ClassificationNotes(
         notes.cache,
@@ -398,6 +395,19 @@ def make_dataset(
         eos_id=notes.tokenizer.eos_id if notes.tokenizer.closes_notes else None,
         truncate=config.truncate,
         targets=_targets(notes, rows, label_names or notes.label_names) if is_labelled else None,
+    )
+
+
+def _pieces(
+    config: RunConfig, tokenizer: Tokenizer, cache: TokenCache | JoinedCache, rows: np.ndarray
+) -> LanguagePieces:
+    return LanguagePieces(
+        cache,
+        rows,
+        max_length=config.max_length,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        first_only=config.pieces == "first",
     )
 
 

@@ -86,16 +86,16 @@ def identity(record: Mapping[str, Any]) -> str:
     config = {
         name: value for name, value in record["config"].items() if name not in _FREE_ON_RESUME
     }
-    steps = [config, record["fingerprints"], record["labels"], record["total_steps"]]
+    # Beside the sources' fingerprints, which stand by name, their order and how much each is drawn.
+    sources = _shares(record)
+    steps = [config, record["fingerprints"], sources, record["labels"], record["total_steps"]]
     return hashlib.sha256(json.dumps(steps, sort_keys=True).encode()).hexdigest()
 
 
 def check_same_run(saved: Mapping[str, Any], record: Mapping[str, Any]) -> None:
     """Refuse to resume a run whose settings, notes, base or number of steps are others now."""
     changed = changed_settings(saved["config"], record["config"], free=_FREE_ON_RESUME)
-    before, now = (
-        [(of["name"], of["share"]) for of in each["sources"]] for each in (saved, record)
-    )
+    before, now = _shares(saved), _shares(record)
     if before != now:
         changed.append(f"the sources were {_in_words(before)} and are {_in_words(now)}")
     else:
@@ -119,6 +119,11 @@ def check_same_run(saved: Mapping[str, Any], record: Mapping[str, Any]) -> None:
             f"--resume: this is not the run that began: {'; '.join(changed)}; resume with what it "
             "began with, or start a new run in another folder"
         )
+
+
+def _shares(record: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """The sources of a run and their shares of its tokens, in their order."""
+    return [(source["name"], source["share"]) for source in record["sources"]]
 
 
 def _in_words(sources: Sequence[tuple[str, float]]) -> str:
@@ -170,8 +175,10 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if _STATUS.exists():  # getrusage would also count the process that this one came from
-        line = next(x for x in _STATUS.read_text().splitlines() if x.startswith("VmHWM"))
-        return 1024 * int(line.split()[1])
+        lines = _STATUS.read_text().splitlines()
+        line = next((line for line in lines if line.startswith("VmHWM")), None)
+        if line is not None:  # some containers' kernels do not tell it
+            return 1024 * int(line.split()[1])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if platform.system() == "Darwin" else 1024 * peak
 

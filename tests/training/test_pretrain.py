@@ -28,12 +28,15 @@ from model.generation import GenerationConfig, generate
 from tests.evaluation.conftest import write_notes
 from tests.training.test_run import Dies, die_at, metrics_of, weights_and_states
 from training.assemble import load_notes, source_pieces
+from training.checkpoint import load_checkpoint
 from training.config import LoraSettings, OptimSettings, RunConfig
 from training.dry_run import dry_run
 from training.objective import LanguageModelling
 from training.optim import make_adamw
 from training.parallel import Ranks
+from training.record import identity
 from training.run import run
+from training.run_folder import read_record
 from training.stages import EMBEDDED_BASE, pretrain
 from training.step import optimiser_step
 
@@ -175,6 +178,24 @@ def test_a_changed_source_is_named(mixed: MakeConfig, notes: Path, general: Path
         score_run(ScoreConfig(run=str(out), device="cpu"))
 
 
+def test_a_checkpoint_of_other_shares_is_refused(mixed: MakeConfig, tmp_path: Path) -> None:
+    """One of the same sources and settings, laid into a run of other weights or another order."""
+    config = mixed(steps=2, eval_every=1)
+    assert isinstance(config.data, tuple)
+    notes, general = (word.rpartition(":")[0] for word in config.data)
+    taken = run(replace(config, out=str(tmp_path / "taken")))
+    saved = taken / "checkpoints" / "step-000002"
+    assert load_checkpoint(saved, run=identity(read_record(taken))).weights
+    for number, data in enumerate(
+        ((f"{notes}:0.25", f"{general}:0.75"), (f"{general}:0.25", f"{notes}:0.75"))
+    ):
+        other = run(replace(config, data=data, out=str(tmp_path / str(number))))
+        with pytest.raises(ValueError, match="another run"):
+            load_checkpoint(saved, run=identity(read_record(other)))
+    moved = replace(config, data=(f"{notes}:3", f"{general}:1"), out=str(tmp_path / "moved"))
+    assert identity(read_record(run(moved))) == identity(read_record(taken))
+
+
 def test_bad_sources_are_one_line(
     mixed: MakeConfig, notes: Path, general: Path, tmp_path: Path, base: Path
 ) -> None:
@@ -197,19 +218,38 @@ def test_bad_sources_are_one_line(
         assert "\n" not in str(refused.value)
 
 
-def test_without_weights_each_source_counts_as_what_it_has(
-    mixed: MakeConfig, notes: Path, general: Path
+@pytest.mark.parametrize("pieces", ["all", "first"])
+def test_without_weights_sources_end_their_epochs_together(
+    mixed: MakeConfig, notes: Path, general: Path, pieces: str
 ) -> None:
+    """Notes of a few tokens, where BOS and EOS weigh, beside notes of many pieces."""
+    with general.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    short, long = general.with_name("short.csv"), general.with_name("long.csv")
+    for path, texts in (
+        (short, [" ".join(row["text"].split()[:2]) + f" {i}" for i, row in enumerate(rows * 5)]),
+        (long, [" ".join([row["text"]] * 8) for row in rows]),
+    ):
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([["text"], *([text] for text in texts)])
     config = mixed(
-        data=(f"notes={notes}", f"general={general}"), steps=None, epochs=2.0, eval_every=99
+        data=(f"short={short}", f"long={long}"),
+        patient_column=None,
+        pieces=pieces,
+        steps=None,
+        epochs=2.0,
+        eval_every=999,
     )
+    cut = source_pieces(config, loaded := load_notes(config), loaded.splits.train)
+    has = [int(of.lengths(np.arange(len(of))).sum()) for of in cut.values()]
     record = read_json(run(config) / "run.json")
-    has = [source["train_tokens"] for source in record["sources"]]
     assert [source["share"] for source in record["sources"]] == [n / sum(has) for n in has]
     drawn = record["kept"]["sources"]
-    # Each of the two epochs ends with a whole step, which is 0.07 of an epoch here.
-    assert 2.0 <= drawn["notes"]["epochs"] < 2.15
-    assert drawn["general"]["epochs"] == pytest.approx(drawn["notes"]["epochs"], abs=0.05)
+    # Each of the two epochs ends with a whole step.
+    step = config.batch_tokens / sum(has)
+    for name in ("short", "long"):
+        assert 2.0 - step < drawn[name]["epochs"] < 2.0 + 3 * step
+        assert abs(drawn[name]["tokens"] / record["kept"]["tokens"] - 0.5) > 0.1  # unequal
 
 
 def test_what_was_pretrained_goes_into_later_stages(

@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import resource
 import signal
 import socket
 import subprocess
@@ -32,7 +34,7 @@ from training.checkpoint import load_checkpoint, saved_steps
 from training.config import Int8Settings, LoraSettings, RunConfig, to_dict
 from training.loop import is_better
 from training.objective import compute_dtype
-from training.record import identity
+from training.record import identity, peak_memory
 from training.run import run
 from training.run_folder import locked, read_record
 
@@ -187,6 +189,18 @@ def test_the_peak_of_memory_is_that_of_the_run_alone(
     monkeypatch.undo()
     # Taking no step, a finished run that is resumed keeps what it was.
     assert read_json(run(config, resume=True) / "run.json")["peak_memory"] >= high
+
+
+def test_a_system_that_tells_no_peak_still_has_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Some kernels leave VmHWM out of /proc/self/status; the process's own account is there."""
+    status = tmp_path / "status"
+    status.write_text("Name:\tpython\nVmSize:\t  123 kB\n")
+    monkeypatch.setattr("training.record._STATUS", status)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if platform.system() == "Darwin" else 1024
+    assert used * unit <= peak_memory(torch.device("cpu")) < 1 << 40
 
 
 @pytest.mark.parametrize("freeze", [True, False])
