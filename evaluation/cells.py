@@ -15,7 +15,8 @@ from typing import Any, cast
 from data.questions import read_questions
 from evaluation.metrics import headline_metrics
 from evaluation.questions import QuestionConfig, score_questions
-from evaluation.score import ScoreConfig, score_run
+from evaluation.score import ScoreConfig, default_label_scores, score_run
+from evaluation.strategies import versions_of
 from model.checkpoint import base_fingerprint
 from model.files import read_json, write_json
 from training.assemble import resolve
@@ -52,10 +53,18 @@ def finished_record(config: RunConfig) -> Mapping[str, Any]:
 def scores_of(config: RunConfig, scoring: ScoreConfig) -> Mapping[str, Any]:
     """The results of the run on its test notes, scored once: what eval.py writes.
 
+    They are scored again where those that are there have other resamples or label scores.
     scoring: how it is scored; the run's folder is put in.
     """
     results = Path(config.out) / _RESULTS
-    if not results.is_file():
+    known = read_json(results) if results.is_file() else None
+    how = {
+        "bootstrap": scoring.bootstrap,
+        "seed": scoring.seed,
+        "label_scores": scoring.label_scores or default_label_scores(config),
+    }
+    # Of a language model none of these is in the results, and none decides anything.
+    if known is None or any(known.get(name, value) != value for name, value in how.items()):
         score_run(dataclasses.replace(scoring, run=config.out))
     found: Mapping[str, Any] = read_json(results)
     return found
@@ -64,12 +73,18 @@ def scores_of(config: RunConfig, scoring: ScoreConfig) -> Mapping[str, Any]:
 def answers_of(asked: QuestionConfig, kept: Path) -> Mapping[str, Any]:
     """The results of questions put to a run or a base; asked once, and then read from `kept`.
 
-    They are asked again where model, questions or the way to ask are others than those of `kept`.
+    They are asked again where model, questions, the way to ask or its versions are others than
+    those of `kept`.
     """
     how = dataclasses.asdict(asked)
-    for name in ("device", "micro_tokens"):
+    for name in ("device", "micro_tokens", "cache_tokens"):
         del how[name]
-    stamp = {"asked": how, "model": _model_stamp(asked), "questions": _questions_stamp(asked)}
+    stamp = {
+        "asked": how,
+        "versions": versions_of(asked.prompt),
+        "model": _model_stamp(asked),
+        "questions": _questions_stamp(asked),
+    }
     if kept.is_file():
         found = read_json(kept)
         if isinstance(found, dict) and {**found, **stamp} == found:

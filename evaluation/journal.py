@@ -52,6 +52,16 @@ def read_rows(path: Path) -> tuple[Row, list[Row]]:
     return header, rows
 
 
+def read_header(path: Path) -> Row | None:
+    """The first line of a file; None where it is no whole one."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            header = json.loads(file.readline())
+    except (OSError, ValueError):
+        return None
+    return header if isinstance(header, dict) else None
+
+
 def _whole_chunks(path: Path, header: Mapping[str, Any], count: int) -> list[Row]:
     content = path.read_bytes() if path.is_file() else b""
     lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)

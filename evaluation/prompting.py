@@ -178,7 +178,7 @@ def parse_medalpaca(text: str, _: Sequence[str]) -> int | None:
 
 # What makes a capital in front of an answer its letter: "A: fever", "A because ..." and "A or B",
 # unlike "A fever", "B cells" and "D-dimer".
-_AFTER_LETTER = r"(?=[])*:.,;\"']|\s*(?:\n|$)|\s+(?:is|as|because|since|or|and|[-–—])\s)"
+_AFTER_LETTER = r"(?=[])*:.,;\"']|\s*(?:\n|$)|\s+(?:is|as|because|since|or|and|[-\u2013\u2014])\s)"
 _JOINED = re.compile(r"[^\w\n]*((?:or|and)\b[^\w\n]*)?(?:(?:an?|the|option|choice)\b[^\w\n]*)*")
 
 

@@ -34,9 +34,9 @@ from evaluation.answering import Answerer, ModelAnswerer
 from evaluation.bootstrap import Floats, intervals, resample
 from evaluation.bootstrap import interval as percentiles
 from evaluation.demonstrations import gather_demonstrations
-from evaluation.journal import Row, digest_of, read_rows, worked_through
+from evaluation.journal import Row, digest_of, read_header, read_rows, worked_through
 from evaluation.question_report import write_question_report
-from evaluation.strategies import STRATEGIES, TIE_RULE, Setting, StrategyName
+from evaluation.strategies import STRATEGIES, TIE_RULE, Setting, StrategyName, versions_of
 from model.checkpoint import base_fingerprint
 from model.files import read_json, write_json
 from model.heads import CausalLM
@@ -209,6 +209,8 @@ def ask_all(
     root: Path,
 ) -> dict[str, Any]:
     """`score_questions` with an open model; `root` is the folder that holds eval/."""
+    if config.run is None:
+        _check_base(root, answered_by.model)
     strategy = STRATEGIES[config.prompt]
     setting, settings, rationales = _setting(answerer, answered_by, config, solved, root / "eval")
     asked: dict[str, Any] = {
@@ -216,7 +218,7 @@ def ask_all(
         "bad_rows": config.bad_rows,
         "answers_from": config.answers_from,
         "strategy": config.prompt,
-        "version": strategy.version,
+        **versions_of(config.prompt),
         **settings,
     }
     # A name for each way to ask: MMLU's results never take the place of MedQA's.
@@ -270,6 +272,17 @@ def ask_all(
         folder / "report.html", results, dataclasses.asdict(config), _beside(folder, results)
     )
     return results | {"folder": str(folder)}
+
+
+def _check_base(root: Path, model: str) -> None:
+    """Refuse a folder with the answers of another base, whose place the new ones would take."""
+    for path in sorted(root.glob(f"eval/*/{ANSWERS}")):
+        header = read_header(path)
+        if header is not None and header.get("model") != model:
+            raise ValueError(
+                f"--out {root} holds answers of another base ({path.parent.name}); choose another "
+                "--out, or remove that folder"
+            )
 
 
 def _setting(

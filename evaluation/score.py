@@ -278,6 +278,12 @@ def _untrained(finished: FinishedRun, device: torch.device) -> LanguageModelling
     return LanguageModelling(base, device)
 
 
+def default_label_scores(config: RunConfig) -> LabelScores:
+    """How the labels of a run's notes are ranked unless --label-scores says so."""
+    is_paper = config.task in MULTILABEL_TASKS and config.cohort == "paper"
+    return "softmax" if is_paper else "sigmoid"
+
+
 def _score_classifier(
     config: ScoreConfig, finished: FinishedRun, device: torch.device, micro_tokens: int
 ) -> dict[str, Any]:
@@ -320,10 +326,7 @@ def _score_classifier(
     has_patients = notes.cache.patient_digests is not None
     clusters = patient_groups(notes.cache, rows)
     how: dict[str, Any] = {"resamples": config.bootstrap, "seed": config.seed}
-    by_default: LabelScores = (
-        "softmax" if multilabel and finished.config.cohort == "paper" else "sigmoid"
-    )
-    label_scores = config.label_scores or by_default
+    label_scores = config.label_scores or default_label_scores(finished.config)
     results |= {
         "bootstrap": config.bootstrap,
         "seed": config.seed,

@@ -24,6 +24,7 @@ import numpy as np
 
 from data.questions import LETTERS, Question
 from evaluation.answering import Answerer, Asked, Prompt
+from evaluation.demonstrations import VERSION as DEMONSTRATIONS_VERSION
 from evaluation.demonstrations import Demonstrations
 from evaluation.prompting import (
     NEXT_REASONED,
@@ -333,3 +334,10 @@ STRATEGIES: Mapping[StrategyName, Strategy] = {
         draws=True,
     ),
 }
+
+
+def versions_of(name: StrategyName) -> dict[str, int]:
+    """`version` of the strategy and, where it shows them, of `demonstrations`: decide answers."""
+    strategy = STRATEGIES[name]
+    shown = {"demonstrations": DEMONSTRATIONS_VERSION} if strategy.finds_nearest else {}
+    return {"version": strategy.version, **shown}

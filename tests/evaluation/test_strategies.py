@@ -421,7 +421,9 @@ def write_medqa(path: Path, questions: Sequence[Question]) -> str:
     return str(path)
 
 
-def test_strategies_share_their_rationales_and_stand_beside_each_other(tmp_path: Path) -> None:
+def test_strategies_share_their_rationales_and_stand_beside_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def say(prompt: str, _: Any, seed: int) -> str:
         # Three of four are right about their own question.
         right = re.findall(r"Which sign is [sq]\d*?([0-3])\?", prompt)[-1]
@@ -465,6 +467,15 @@ def test_strategies_share_their_rationales_and_stand_beside_each_other(tmp_path:
     difference = compared["accuracy"] - results["accuracy"]
     assert compared["comparison"]["difference"] == pytest.approx(difference)
     assert compared["comparison"]["strategy"] == "medprompt"
+    # Answers after demonstrations of an earlier version are not those of this one.
+    monkeypatch.setattr("evaluation.strategies.DEMONSTRATIONS_VERSION", 99)
+    assert ask("nearest", root)[0]["folder"] != near["folder"]
+    # Another base's answers are never written over.
+    kept = {path: path.read_bytes() for path in root.rglob("*.jsonl")}
+    by = AnsweredBy("n" * 64, {"dtype": "float32"})
+    with pytest.raises(ValueError, match=r"holds answers of another base .* choose another --out"):
+        ask("medprompt", root, votes=3)
+    assert {path: path.read_bytes() for path in root.rglob("*.jsonl")} == kept
     for value, shown in ((-0.25, "difference -0.250 to R, p 1"), (0.5, "difference +0.500 to R")):
         compared["comparison"] = {"run": "R", "difference": value, "p": 1.0}
         assert any(line.startswith(shown) for line in question_summary(compared))
