@@ -181,7 +181,7 @@ def score_questions(config: QuestionConfig) -> dict[str, Any]:
     found, solved = read_questions(config.mcq, config.data, **how), None
     if config.shots_data is not None:
         solved = read_questions(config.mcq, config.shots_data, **how)
-        _check_solved(config, found, solved)
+        check_solved(config, found, solved)
     with private_files():
         answerer, answered_by = _answerer(config, device)
         root = Path(config.run or config.out or "")
@@ -189,7 +189,8 @@ def score_questions(config: QuestionConfig) -> dict[str, Any]:
             return ask_all(answerer, answered_by, config, found, solved, root)
 
 
-def _check_solved(config: QuestionConfig, found: QuestionSet, solved: QuestionSet) -> None:
+def check_solved(config: QuestionConfig, found: QuestionSet, solved: QuestionSet) -> None:
+    """Raises ValueError where the solved questions are too few, or shown ones are asked."""
     if len(solved.questions) < config.shots:
         raise ValueError(
             f"--shots {config.shots}: {config.shots_data} has {len(solved.questions)} questions"

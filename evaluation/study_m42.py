@@ -8,11 +8,12 @@
     accuracy against the tokens pretrained on                      of each budget, tuned and not
 
 A budget is a run of its own, whose rate falls to its own end: a checkpoint in the middle of a
-longer run would be compared at a rate that has not fallen yet. All see the same texts in the same
-order, the longer ones more of them. `--pretrain-config` and `--instruct-config` are files for
---config of train.py. The paper's figures of benchmarks are not known here; none is shown. The
-invariant is that of every study: whatever is finished is taken as it is, and the same command goes
-on where it was; the tables are written anew after every cell.
+longer run would be compared at a rate that has not fallen yet. It has as many steps as the budget
+takes when all are full; they are not quite, since no piece of a text is cut to fill one. All see
+the same texts in the same order, the longer ones more of them. `--pretrain-config` and
+`--instruct-config` are files for --config of train.py. The paper's figures of benchmarks are not
+known here; none is shown. The invariant is that of every study: whatever is finished is taken as it
+is, and the same command goes on where it was; the tables are written anew after every cell.
 """
 
 import math
@@ -23,9 +24,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+from data.conversations import Conversations
 from data.questions import QuestionSetName, read_questions
 from evaluation.cells import answers_of, finished_record, footprint
-from evaluation.questions import QuestionConfig
+from evaluation.questions import QuestionConfig, check_solved
 from evaluation.strategies import STRATEGIES, StrategyName
 from evaluation.tables import (
     accuracy,
@@ -149,8 +151,8 @@ def run_study(study: Study) -> dict[str, Any]:
                 "sources": kept.get("sources"),  # tokens and epochs of each
             }
         answered: dict[str, Any] = {}
-        named = {"base": cell.base, "variant": cell.variant, "tokens": cell.tokens}
-        tables["rows"].append({**named, **trained, "benchmarks": answered})
+        place = {"base": cell.base, "variant": cell.variant, "tokens": cell.tokens}
+        tables["rows"].append({**place, **trained, "benchmarks": answered})
         for name in study.benchmarks:
             if _is_asked(study, cell, name):
                 answered[name] = _asked(study, cell, name)
@@ -160,10 +162,13 @@ def run_study(study: Study) -> dict[str, Any]:
 
 def _check(study: Study, cells: Sequence[Cell]) -> None:
     """Refuse what a later cell would refuse, before the first one takes its hours."""
-    if not Path(study.data).exists():
-        raise ValueError(f"--data {study.data} does not exist; name the instruction rows")
-    for name, path in {**study.benchmarks, **study.solved}.items():
-        read_questions(cast(QuestionSetName, name), path)
+    tuned = [cell.config for cell in cells if cell.config and cell.config.stage == "instruct"]
+    for bad_rows in {config.bad_rows for config in tuned}:
+        Conversations(study.data, bad_rows=bad_rows)
+    found, solved = (
+        {name: read_questions(cast(QuestionSetName, name), path) for name, path in sets.items()}
+        for sets in (study.benchmarks, study.solved)
+    )
     if study.shots and not study.solved:
         raise ValueError(
             f"--prompting {study.prompting} shows {study.shots} solved questions: name their files "
@@ -176,7 +181,9 @@ def _check(study: Study, cells: Sequence[Cell]) -> None:
                 raise ValueError(f"--texts: there is no {missing[0]}; name a table or a folder")
         for name in study.benchmarks:
             if _is_asked(study, cell, name):
-                question_config(study, cell, name)
+                asked = question_config(study, cell, name)
+                if asked.shots:
+                    check_solved(asked, found[name], solved[name])
 
 
 def _is_asked(study: Study, cell: Cell, name: str) -> bool:
@@ -227,7 +234,7 @@ def _markdown(study: Study, tables: Mapping[str, Any]) -> Iterator[str]:
         "benchmarks are not known here. Memory is the peak of the run in GB, of a GPU's tensors or "
         "on a CPU of the process."
     )
-    yield from ("", f"## Each technique on top of the others, {largest:,} tokens pretrained", "")
+    yield from ("", f"## Each technique on top of the others, a budget of {largest:,} tokens", "")
     yield from table_head("base", "", *study.benchmarks, "trained", "memory", "minutes an epoch")
     for line in rows:
         if line["tokens"] == largest or line["variant"] == BASE:
@@ -240,7 +247,7 @@ def _markdown(study: Study, tables: Mapping[str, Any]) -> Iterator[str]:
                 minutes(line.get("seconds_per_epoch")),
             )
     yield from ("", "## Accuracy against the tokens pretrained on", "")
-    yield from table_head("base", "tokens", "", *study.benchmarks)
+    yield from table_head("base", "budget", "", *study.benchmarks)
     for line in rows:
         if line["variant"] in (BASE, PRETRAINED, INSTRUCTED):
             yield table_row(

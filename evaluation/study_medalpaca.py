@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from data.conversations import Conversations
 from data.questions import read_questions
 from evaluation.cells import answers_of, finished_record, footprint
 from evaluation.published import FOOTPRINT, USMLE, USMLE_OTHERS
@@ -78,10 +79,7 @@ def tuned_config(study: Study, base: str, row: str) -> RunConfig:
 
 def run_study(study: Study) -> dict[str, Any]:
     """Make every cell that is not there yet and return the table."""
-    read_questions("usmle", study.questions)  # what is wrong is said before the first run
-    for base in study.models:
-        for row in set(study.rows) - {BASE}:
-            tuned_config(study, base, row)
+    _check(study)
     tables: dict[str, Any] = {"prompt": study.prompt, "rows": []}
     for base in study.models:
         for row in study.rows:
@@ -90,23 +88,38 @@ def run_study(study: Study) -> dict[str, Any]:
     return tables
 
 
+def _check(study: Study) -> None:
+    """Refuse what a later cell would refuse, before the first one takes its hours."""
+    read_questions("usmle", study.questions)
+    cells = [(base, row) for base in study.models for row in study.rows]
+    for base, row in cells:
+        question_config(study, base, row)
+    tuned = [tuned_config(study, base, row) for base, row in cells if row != BASE]
+    for bad_rows in {config.bad_rows for config in tuned}:
+        Conversations(study.data, bad_rows=bad_rows)
+
+
+def question_config(study: Study, base: str, row: str) -> QuestionConfig:
+    """How the questions are put to the model of a row."""
+    is_base = row == BASE
+    return QuestionConfig(
+        mcq="usmle",
+        data=study.questions,
+        run=None if is_base else tuned_config(study, base, row).out,
+        model=study.models[base] if is_base else None,
+        out=str(study.out / "answers" / base / BASE) if is_base else None,
+        prompt=study.prompt,
+        bootstrap=study.bootstrap,
+    )
+
+
 def _row(study: Study, base: str, row: str) -> dict[str, Any]:
-    place: dict[str, str] = {
-        "model": study.models[base],
-        "out": str(study.out / "answers" / base / BASE),
-    }
     trained: dict[str, Any] = {}
     if row != BASE:
         config = tuned_config(study, base, row)
         finished_record(config)
-        place, trained = {"run": config.out}, footprint(config)
-    asked = QuestionConfig(
-        mcq="usmle",
-        data=study.questions,
-        prompt=study.prompt,
-        bootstrap=study.bootstrap,
-        **place,  # type: ignore[arg-type]
-    )
+        trained = footprint(config)
+    asked = question_config(study, base, row)
     results = answers_of(asked, study.out / "answers" / base / f"{row}.json")
     return {
         "base": base,

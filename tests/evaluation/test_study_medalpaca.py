@@ -26,6 +26,7 @@ optim: {warmup-steps: 0}
 device: cpu
 workers: 1
 """
+BAD_ROWS = '{"instruction": "a", "input": "", "output": "b"}\n{"instruction": \n'
 CLOCK = ("seconds_per_epoch", "peak_memory")
 
 
@@ -157,6 +158,9 @@ def test_killed_and_called_again_it_ends_in_the_same_table(
         ({"--questions": "/nowhere"}, "/nowhere does not exist"),
         ({"--rows": "qlora"}, "invalid choice"),
         ({"--instruct-config": "/nowhere"}, "--config /nowhere does not exist"),
+        ({"--data": "/nowhere.json"}, "/nowhere.json: no such file"),
+        ({"--data": "BAD"}, "line 2: the row that begins there has no valid JSON"),
+        ({"--bootstrap": "-1", "--rows": "lora"}, "--bootstrap must be at least 0"),
     ],
 )
 def test_mistakes_are_one_line_before_anything_is_made(
@@ -166,6 +170,8 @@ def test_mistakes_are_one_line_before_anything_is_made(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    (tmp_path / "bad.jsonl").write_text(BAD_ROWS)
+    change = {name: str(tmp_path / "bad.jsonl") if v == "BAD" else v for name, v in change.items()}
     given = dict(zip(words[::2], words[1::2], strict=True)) | change
     out = tmp_path / "out"
     assert main([word for pair in given.items() for word in pair] + ["--out", str(out)]) == 2
