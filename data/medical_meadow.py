@@ -11,12 +11,13 @@ rows.json stands rows.manifest.json: of every file its SHA-256, what was read, d
 kept, and where the published counts disagree.
 
 Invariant: which rows are kept, and their order, follow from their content, the caps and the seed
-alone: not from the order of the files, nor from the order of the rows in them.
+alone: not from the order in which files are named, nor from the order of the rows in them.
 """
 
 import hashlib
 import heapq
 import json
+import math
 import os
 import sys
 import time
@@ -86,12 +87,13 @@ def mix(
 ) -> Mixed:
     """Read, check, sample and shuffle the sources.
 
+    They are read in the order of SOURCES, since a row of two of them counts for the first one read.
     Raises ValueError for a bad row (unless they are skipped), and where no row is left.
     """
     taken: set[bytes] = set()  # digests of the rows of the sources before
     kept: list[Instruction] = []
     told: list[dict[str, Any]] = []
-    for request in requests:
+    for request in sorted(requests, key=_rank):
         rows, counts = _sample(request, seed, bad_rows, tests, keep_overlap, taken, say)
         taken.update(map(_digest, rows))
         kept += rows
@@ -100,6 +102,13 @@ def mix(
         raise ValueError("no row is left of the sources; the manifest was not written")
     kept.sort(key=lambda row: _drawn("order", seed, _digest(row)))
     return Mixed(kept, told)
+
+
+def _rank(request: Request) -> tuple[int, str, float]:
+    """By which sources are put in order: their name, of one name the files' content, the cap."""
+    content = file_digest(request.path) if request.path.is_file() else ""
+    cap = math.inf if request.cap is None else request.cap
+    return list(SOURCES).index(request.name), content, cap
 
 
 class Counts(NamedTuple):
@@ -209,6 +218,22 @@ def manifest_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.manifest.json")
 
 
+def _check_out(out: Path, sources: Sequence[Path], test_sets: Sequence[Path]) -> None:
+    """Refuse to write over what is read, or among the files of a test set."""
+    for written in (out, manifest_path(out)):
+        place = written.resolve()
+        for what, paths in (("sources", sources), ("test sets", test_sets)):
+            for path in paths:
+                if path.resolve() == place:
+                    raise ValueError(
+                        f"--out {out}: {written} is one of the {what}; name another file"
+                    )
+                if what == "test sets" and path.resolve() in place.parents:
+                    raise ValueError(
+                        f"--out {out}: {path} is the folder of a test set; name another folder"
+                    )
+
+
 def main(arguments: Sequence[str]) -> int:
     """Read the command line, mix, write, and return the exit code."""
 
@@ -238,9 +263,12 @@ def main(arguments: Sequence[str]) -> int:
         if given.keep_overlap and not given.test_sets:
             raise ValueError("--keep-overlap has no effect without --test-sets")
         requests = [read_request(text) for text in given.sources]
-        if given.out.resolve() in {request.path.resolve() for request in requests}:
-            raise ValueError(f"--out {given.out} is one of the sources; name another file")
         sets = [read_test_set(text, given.bad_rows) for text in given.test_sets]
+        _check_out(
+            given.out,
+            [request.path for request in requests],
+            [Path(text.partition("=")[2]) for text in given.test_sets],
+        )
         tests = TestQuestions(sets) if sets else None
         mixed = mix(
             requests,
@@ -274,7 +302,11 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{given.out} has {len(mixed.rows):,} rows; {manifest_path(given.out)} says of what")
 
     return exit_code(
-        "data.medical_meadow", arguments, work, interrupted="interrupted; nothing was written"
+        "data.medical_meadow",
+        arguments,
+        work,
+        interrupted="interrupted; rows whose SHA-256 is not in a manifest beside them are "
+        "unfinished: give the same command again",
     )
 
 

@@ -1,11 +1,12 @@
 """Does a row that is trained on hold a question that the model will be tested with?
 
-A row holds a test question in one of three ways, all on words in small letters without punctuation:
-its instruction or its input is the question and nothing else; the question and the text of each of
-its options stand in it, whatever the order of the options; or it shares a third of the six-word
-shingles of the shorter of the two, as notes of one patient do (`data.leaks`), with the question and
-what that is about. The second is for short questions ("Which of these is true?"), which mean
-nothing without their options.
+A row holds a test question in one of four ways, all on words in small letters without punctuation:
+its instruction or its input is the question and nothing else; the question stands in it whole and
+has at least eight words; the question and the text of each of its options stand in it, whatever the
+order of the options; or it shares a third of the six-word shingles of the shorter of the two, at
+least eight of them, as notes of one patient do (`data.leaks`), with the question and what that is
+about. The third is for short questions ("Which of the following is true?"), which begin many others
+and mean nothing without their options; the fourth cannot find one of fewer than thirteen words.
 
 Invariant: a question counts as held whichever row held it; no text of either is kept or shown.
 """
@@ -21,6 +22,10 @@ from data.leaks import TestNotes, words_of
 from data.questions import QuestionSet
 
 _FIRST = 3  # words by which a question is looked up
+# Words of a question that tells itself from others. Of MedMCQA's even questions ten hold an odd one
+# of six words, nine of these "which of the following is true"; of eight words or more one does, and
+# it asks the same.
+_TELLING = 8
 # Options that were written as a Python dictionary have tabs and the like in this form.
 _ESCAPE = re.compile(r"\\(?:[tnr]|x[0-9a-f]{2}|u[0-9a-f]{4})")
 
@@ -63,13 +68,13 @@ class TestQuestions:
         numbers = {
             number for part in (*parts, words) for number in self._by_stem.get(_spaced(part), ())
         }
-        numbers.update(self._with_options(words))
+        numbers.update(self._standing(words))
         numbers.update(self._notes.sharing(words).tolist())
         self._held[list(numbers)] = True
         return bool(numbers)
 
-    def _with_options(self, words: Sequence[str]) -> set[int]:
-        """Questions that stand among the words with all of their options."""
+    def _standing(self, words: Sequence[str]) -> set[int]:
+        """Questions that stand among the words whole, short ones with all of their options."""
         candidates = {
             number
             for at, word in enumerate(words)
@@ -83,9 +88,14 @@ class TestQuestions:
         return {
             number
             for number in candidates
-            if self._options[number]
-            and self._stems[number] in text
-            and all(option in text for option in self._options[number])
+            if self._stems[number] in text
+            and (
+                len(self._stems[number].split()) >= _TELLING
+                or (
+                    self._options[number]
+                    and all(option in text for option in self._options[number])
+                )
+            )
         }
 
 

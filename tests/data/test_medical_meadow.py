@@ -11,6 +11,7 @@ from xml.sax.saxutils import quoteattr
 
 import pytest
 
+import data.medical_meadow
 from data.conversations import Conversations
 from data.instruction_sources import SOURCES, Instruction, plain_text, read_source
 from data.medical_meadow import main, read_request
@@ -288,6 +289,20 @@ def test_caps_seeds_and_order(tmp_path: Path, mix: Mix) -> None:
     assert len(mix(f"wikidoc={wiki}:all", out="all.jsonl")[0]) == 400
 
 
+def test_the_order_of_the_sources_changes_nothing(tmp_path: Path, mix: Mix) -> None:
+    """Neither of two names nor of two files of one name, though a cap comes after repeated rows."""
+    few = write_lines(tmp_path / "few.jsonl", [card(i) for i in range(3)])
+    more = write_lines(tmp_path / "more.jsonl", [card(i) for i in range(4)])
+    for sources in (
+        [f"flashcards={few}:2", f"wikidoc={more}"],
+        [f"flashcards={few}:2", f"flashcards={more}"],
+        [f"flashcards={few}:2", f"flashcards={few}:1", f"mediqa={more}:1", f"rows={more}:3"],
+    ):
+        mixed = mix(*sources)
+        for other in (sources[::-1], sources[1:] + sources[:1]):
+            assert mix(*other) == mixed
+
+
 def test_published_counts_and_their_conflicts_are_told(
     tmp_path: Path, mix: Mix, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -307,13 +322,18 @@ def test_published_counts_and_their_conflicts_are_told(
 
 
 SHORT = "Which of the following is not true?"
+TELLING = "Which nerve carries taste from the tongue's tip?"  # nine words, four shingles
 
 
 def planted(tmp_path: Path) -> tuple[list[dict[str, str]], list[dict[str, str]], list[str]]:
     """Rows that hold a test question, rows that nearly do, and the test sets."""
     write_lines(
         tmp_path / "test.jsonl",
-        [MEDQA, {"question": SHORT, "options": {"A": "Gout", "B": "Fever"}, "answer_idx": "A"}],
+        [
+            MEDQA,
+            {"question": SHORT, "options": {"A": "Gout", "B": "Fever"}, "answer_idx": "A"},
+            {"question": TELLING, "options": {"A": "Facial", "B": "Vagus"}, "answer_idx": "A"},
+        ],
     )
     (tmp_path / "usmle").mkdir()
     question = {"no": 1, "question": "What does the scan show?", "options": {"A": "x", "B": "y"}}
@@ -331,11 +351,14 @@ def planted(tmp_path: Path) -> tuple[list[dict[str, str]], list[dict[str, str]],
         row(f"It was said: {' '.join(words[5:])}"),
         row("A: fever\nB: gout\n\n" + SHORT.replace(" ", "  ")),  # short, with all its options
         row("", instruction="what does the SCAN show"),  # the question and nothing else
+        row(f"Q:{TELLING}? {{'A': 'Optic', 'B': 'Vagus'}}"),  # short, and tells itself from others
     ]
     near = [
         row(" ".join([*words[:15], *(f"word{i}" for i in range(50))])),  # its beginning alone
         row(f"{SHORT} {{'A': 'Cough', 'B': 'Fever'}}"),  # a short one with another option
         row("What does the scan of a heart show?"),
+        row(f"{TELLING.replace('tip', 'root')} {{'A': 'Facial', 'B': 'Vagus'}}"),
+        row(f"{TELLING.removesuffix(' tip?')} back? {{'A': 'Facial', 'B': 'Vagus'}}"),
         row(" ".join(random.Random(0).sample(words, len(words)))),  # its words, not in its order
     ]
     return held, near, [f"medqa={tmp_path}/test.jsonl", f"usmle={tmp_path}/usmle"]
@@ -353,18 +376,18 @@ def test_planted_overlaps_are_found_and_removed_and_near_misses_kept(
     texts = {(row["instruction"], row["input"]) for row in rows}
     assert not texts & {(row["instruction"], row["input"]) for row in held}
     assert texts >= {(row["instruction"], row["input"]) for row in near}
-    assert len(rows) == 34
+    assert len(rows) == 36
     first, second = manifest["sources"]
-    assert first["dropped"] == {"rows that hold a test question": 5}
-    assert (first["hold_a_test_question"], second["hold_a_test_question"]) == (5, 0)
+    assert first["dropped"] == {"rows that hold a test question": 6}
+    assert (first["hold_a_test_question"], second["hold_a_test_question"]) == (6, 0)
     found = [(one["name"], one["questions"], one["held_by_rows"]) for one in manifest["test_sets"]]
-    assert found == [("medqa", 2, 2), ("usmle", 1, 1)]
-    assert "test set medqa: 2 of 2 questions stand in rows" in capfd.readouterr().out
+    assert found == [("medqa", 3, 3), ("usmle", 1, 1)]
+    assert "test set medqa: 3 of 3 questions stand in rows" in capfd.readouterr().out
     # Only reported, where that is asked for.
     rows, manifest = mix(*ask, "--keep-overlap", "--test-sets", *sets, out="kept.json")
-    assert len(rows) == 39 and manifest["sources"][0]["hold_a_test_question"] == 5
+    assert len(rows) == 42 and manifest["sources"][0]["hold_a_test_question"] == 6
     assert not manifest["sources"][0]["dropped"] and manifest["keep_overlap"]
-    assert "5 rows that hold a test question are among those kept" in capfd.readouterr().out
+    assert "6 rows that hold a test question are among those kept" in capfd.readouterr().out
 
 
 def test_every_real_question_is_found_in_its_own_row(
@@ -377,9 +400,10 @@ def test_every_real_question_is_found_in_its_own_row(
     rows, manifest = mix(
         f"medmcqa={path}", f"wikidoc-patient-information={small}", "--test-sets", f"medmcqa={path}"
     )
-    assert manifest["sources"][0]["kept"] == 0
+    meadow, asked = manifest["sources"]  # in the order in which sources are read
+    assert asked["kept"] == 0
     assert manifest["test_sets"][0]["held_by_rows"] == len(lines[::5]) == 837
-    assert manifest["sources"][1]["hold_a_test_question"] == 0
+    assert meadow["hold_a_test_question"] == 0
     assert len(rows) == 5942 - 92  # 92 rows stand twice in the published file
 
 
@@ -433,14 +457,14 @@ def test_bad_records_of_other_layouts_are_refused_with_their_line_or_counted(
         post(2, 3, 9, "so", ParentId="many"),
     )
     questions = write_lines(tmp_path / "q.jsonl", [MEDQA, MEDQA | {"answer_idx": "Z"}])
-    for source, line in (
-        (f"mts-dialog={table}", "line 3"),
-        (f"stackexchange-health={posts}", "line 5"),
-        (f"medqa={questions}", "line 2"),
+    for source, line, bad in (
+        (f"mts-dialog={table}", "line 3", 2),
+        (f"stackexchange-health={posts}", "line 5", 1),
+        (f"medqa={questions}", "line 2", 1),
     ):
         assert line in refused(capfd, "--out", tmp_path / "x.json", source)
         rows, manifest = mix(source, "--bad-rows", "skip")
-        assert len(rows) == 1 and sum(manifest["sources"][0]["dropped"].values()) in (1, 2)
+        assert len(rows) == 1 and sum(manifest["sources"][0]["dropped"].values()) == bad
 
 
 def test_what_is_written_is_what_an_instruct_run_reads(tmp_path: Path, mix: Mix) -> None:
@@ -481,6 +505,41 @@ def test_a_source_is_not_written_over(tmp_path: Path, capfd: pytest.CaptureFixtu
         capfd, "--out", tmp_path / "." / "rows.json", f"rows={path}"
     )
     assert path.read_bytes() == before
+
+
+def test_nothing_that_is_read_is_written_over(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Test sets, what lies in their folders, and a source where the manifest would stand."""
+    planted(tmp_path)
+    write_lines(tmp_path / "b.jsonl", [card(0)])
+    (tmp_path / "b.manifest.json").write_text(json.dumps([card(1)]))
+    (tmp_path / "t.manifest.json").write_bytes((tmp_path / "test.jsonl").read_bytes())
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    medqa, usmle = f"medqa={tmp_path}/test.jsonl", f"usmle={tmp_path}/usmle"
+    for out, source, test_set, said in (
+        ("test.jsonl", "b.jsonl", medqa, "test.jsonl is one of the test sets"),
+        ("t.json", "b.jsonl", f"medqa={tmp_path}/t.manifest.json", "one of the test sets"),
+        ("usmle/step1.json", "b.jsonl", usmle, "usmle is the folder of a test set"),
+        ("usmle/new.json", "b.jsonl", usmle, "usmle is the folder of a test set"),
+        ("b.json", "b.manifest.json", medqa, "b.manifest.json is one of the sources"),
+    ):
+        words = ["--out", tmp_path / out, f"rows={tmp_path / source}", "--test-sets", test_set]
+        assert said in refused(capfd, *words)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_an_interrupted_command_says_which_rows_are_unfinished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data.medical_meadow, "write_json", interrupt)
+    path = write_lines(tmp_path / "rows.jsonl", [card(0)])
+    assert main(["--out", str(tmp_path / "x.json"), f"rows={path}"]) == 130
+    assert "rows whose SHA-256 is not in a manifest" in capfd.readouterr().err
+    assert (tmp_path / "x.json").exists() and not (tmp_path / "x.manifest.json").exists()
 
 
 def test_posts_are_utf8_whatever_they_say(tmp_path: Path) -> None:
