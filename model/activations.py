@@ -100,8 +100,9 @@ def _offloaded(x: Tensor) -> saved_tensors_hooks:
 def _give_back_heap(device: torch.device) -> None:
     """Have the C library return what freed tensors left in its heap, where they were on a CPU.
 
-    glibc 2.36 asks for more than a tensor's size to align it, so the hole that a tensor leaves does
-    not take the next one of its size, and what lies between kept inputs grows to several blocks.
+    Measured once with glibc, in a forward pass that keeps 20 MiB of blocks' inputs: the process grew
+    by 172 MiB without this and by 111 with it, its first use of torch included. The cause was not
+    traced.
     """
     trim = _malloc_trim()
     if trim is not None and device.type == "cpu":

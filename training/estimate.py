@@ -131,7 +131,7 @@ def memory(
             prefix=_prefix(model),
             selective=False,
         )
-        # On a CPU as much again lies in holes of the heap, into which nothing fits (measured).
+        # On a CPU about as much again was resident (measured; the cause was not traced).
         passing += recomputed * (1 if on_gpu else 2)
     passing += _largest_cast(model.network, compute_dtype)
     if any(isinstance(m, Linear) and m.weight.requires_grad for m in model.modules()):

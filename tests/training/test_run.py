@@ -24,6 +24,7 @@ import train
 import training.loop
 import training.run
 from evaluation.metrics import headline_metrics
+from model.activations import Activations
 from model.checkpoint import load_causal_lm
 from model.ending import RunFailed
 from model.files import read_json, read_sealed_json, write_sealed_json
@@ -81,21 +82,29 @@ def die_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "states"),
-    [("clinical", "float32"), ("downstream", "float32"), ("pretrain", "int8")],
+    ("stage", "states", "activations"),
+    [
+        ("clinical", "float32", "save"),
+        ("downstream", "float32", "selective"),
+        ("pretrain", "int8", "checkpoint"),
+    ],
 )
 def test_a_resumed_run_ends_in_the_same_bytes(
     stage: str,
     states: str,
+    activations: Activations,
     make_config: MakeConfig,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Killed twice: before the first checkpoint, and between two of them."""
+    """Killed twice: before the first checkpoint, and between two of them.
+
+    The whole run keeps all activations, so that what is made again is held to the same bytes.
+    """
     config = make_config(stage, adapter="full" if stage == "pretrain" else "lora")
     config = replace(config, optim=replace(config.optim, states=states))
     whole = run(replace(config, out=str(tmp_path / "whole")), score=headline_metrics)
-    broken = replace(config, out=str(tmp_path / "broken"))
+    broken = replace(config, out=str(tmp_path / "broken"), activations=activations)
     for steps, resume in ((1, False), (5, True)):
         with monkeypatch.context() as patch, pytest.raises(Dies):
             die_at(steps, patch)
@@ -108,6 +117,7 @@ def test_a_resumed_run_ends_in_the_same_bytes(
     kept = {"kept", "finished", "total_steps", "fingerprints", "labels", "adapters"}
     records = [read_json(folder / "run.json") for folder in (out, whole)]
     assert {k: records[0][k] for k in kept} == {k: records[1][k] for k in kept}
+    assert records[0]["config"]["activations"] == activations
 
 
 def test_patience_ends_a_run_and_a_resumed_one_at_the_same_step(
