@@ -100,7 +100,7 @@ def _offloaded(x: Tensor) -> saved_tensors_hooks:
 def _give_back_heap(device: torch.device) -> None:
     """Have the C library return what freed tensors left in its heap, where they were on a CPU.
 
-    Measured once with glibc 2.36, in a forward pass that keeps 20 MiB of blocks' inputs: the process
+    Measured once with glibc 2.36, in a forward pass that keeps 20 MiB of blocks' inputs: a process
     grew by 172 MiB without this and by 111 with it. The cause was not traced.
     """
     trim = _malloc_trim()
