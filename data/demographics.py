@@ -69,12 +69,17 @@ class Demographics:
         self._sql: dict[str, str] = {}
         if patients is not None:
             self._sql |= _present("sex", (columns.sex,), patients) | {"age": columns.age}
+        self._of_patients = tuple(self._sql)
         self._sql |= _present("ethnicity", columns.ethnicity, admissions)
         self._sql |= _present("insurance", (columns.insurance,), admissions)
         self.names = tuple(self._sql)
+        self.left_out: dict[str, str] = {}  # name -> why it is told of nobody; known once read
 
     def read(self, connection: Any) -> dict[int, tuple[str | None, ...]]:
-        """{HADM_ID: a value for each of `names`}; raises ValueError for a damaged table."""
+        """{HADM_ID: a value for each of `names`}; raises ValueError for damaged admissions.
+
+        Of damaged patients nothing is told: no label and no note comes from what is read here.
+        """
         admissions, joined = self._admissions, "admitted"
         with admissions.reading(connection):
             connection.execute(
@@ -87,9 +92,12 @@ class Demographics:
             connection, "admitted", not_whole("hadm_id"), "HADM_ID is not a whole number"
         )
         if self._patients is not None:
-            self._load_patients(connection, self._patients)
-            joined = "admitted LEFT JOIN persons ON persons.subject_id = admitted.subject_id"
-        told = ", ".join(self._sql.values())
+            try:
+                self._load_patients(connection, self._patients)
+                joined = "admitted LEFT JOIN persons ON persons.subject_id = admitted.subject_id"
+            except ValueError as error:
+                self.left_out |= dict.fromkeys(self._of_patients, str(error))
+        told = ", ".join("NULL" if n in self.left_out else sql for n, sql in self._sql.items())
         rows = connection.execute(f"SELECT hadm_id::BIGINT, {told} FROM {joined}").fetchall()
         return {
             hadm_id: tuple(

@@ -15,9 +15,6 @@ class JoinedCache:
     """The notes of several caches of one tokenizer; firsts: int64 [parts + 1], rows of the first
     notes."""
 
-    multilabel = False
-    label_names: tuple[str, ...] = ()
-
     def __init__(self, parts: Sequence[TokenCache]) -> None:
         self._parts = parts
         self.firsts = np.cumsum([0, *map(len, parts)])

@@ -206,6 +206,8 @@ class AdmissionNotes:
         self.counts: dict[str, int] | None = None
         self.label_list: tuple[str, ...] = ()
         self.group_names: tuple[str, ...] = groups.names if groups else ()
+        # Group -> why it is told of no note; known once one iteration has begun.
+        self.groups_left_out: dict[str, str] = groups.left_out if groups else {}
         self._groups = groups
         self._folder = folder
         self._outcomes = outcomes

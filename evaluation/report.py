@@ -356,7 +356,8 @@ def _thresholds(results: Mapping[str, Any]) -> str:
 
 
 def _subgroups(results: Mapping[str, Any]) -> str:
-    if not results["subgroups"]:
+    left_out = results.get("subgroups_left_out", {})
+    if not results["subgroups"] and not left_out:
         return ""
     has_positives = "positives" in results
     units = results["clusters_are"]
@@ -374,11 +375,13 @@ def _subgroups(results: Mapping[str, Any]) -> str:
                 number_with_interval(row[key], row[f"{key}_ci"]) for key in ("auroc", "auprc")
             ]
         rows.append(cells)
+    missing = "".join(f" Left out: {name}, because {why}." for name, why in left_out.items())
     return section(
         "Groups of patients",
         "The same model on parts of the same notes. Where intervals overlap, a difference can be "
         "chance; AUPRC also follows how common the outcome is in the group. Notes whose group is "
-        f"not known are in no row, and one with under {FEWEST_PATIENTS} {units} has no figures.",
+        f"not known are in no row, and one with under {FEWEST_PATIENTS} {units} has no figures."
+        + missing,
         table("Subgroups", [*header, "AUROC", "AUPRC"], rows, kind="wide"),
     )
 

@@ -185,6 +185,8 @@ def summary(results: dict[str, Any]) -> Iterator[str]:
         yield f"predictions are in {results['predictions']}"
     if (warning := seen_warning(results)) is not None:
         yield f"warning: {warning}"
+    for name, reason in results.get("subgroups_left_out", {}).items():
+        yield f"warning: the group {name} is left out: {reason}"
     if "tokens" in results:
         yield _perplexity_in_words(results)
     for name, of in results.get("per_source", {}).items():
@@ -292,6 +294,12 @@ def _score_classifier(
     notes, rows = opened.notes, opened.rows
     if len(rows) == 0:
         raise ValueError("there is no note to score: name other data or another split")
+    # Groups first: a column that holds none is said before the notes are scored, which takes long.
+    of_cohort = opened.source if isinstance(opened.source, AdmissionNotes) else None
+    left_out: dict[str, str] = {}
+    groups = read_groups(opened.source, None if of_cohort is None else left_out)
+    if of_cohort is not None:
+        left_out |= of_cohort.groups_left_out
     objective = Classification(finished.model, device)
 
     def scored(notes: Notes, rows: NDArray[np.uint32], is_labelled: bool) -> _Scored:
@@ -341,7 +349,7 @@ def _score_classifier(
         label_scores=label_scores,
         **how,
     )
-    risk = opened.source.known_risk() if isinstance(opened.source, AdmissionNotes) else None
+    risk = None if of_cohort is None else of_cohort.known_risk()
     if risk is not None:
         # Of the generator's true probabilities on these very notes: chance favours both alike.
         results["auroc_ceiling"] = auroc(test.labels, risk[rows])
@@ -360,7 +368,7 @@ def _score_classifier(
             test.labels, chances[:, 1], chosen, clusters=clusters, **how
         )
     results["subgroups"] = subgroup_rows(
-        read_groups(opened.source),
+        groups,
         rows,
         test.labels,
         test.logits,
@@ -369,6 +377,7 @@ def _score_classifier(
         label_scores=label_scores,
         **how,
     )
+    results["subgroups_left_out"] = left_out
     results["exclusions"] = getattr(opened.source, "counts", None)
     results["comparison"] = None
     if config.compare is not None:

@@ -164,14 +164,20 @@ def test_without_patients_or_their_row_less_is_told(tmp_path: Path) -> None:
         ([{}, {}], "a patient stands in more than one row"),
     ],
 )
-def test_damaged_patients_are_refused_where_groups_are_asked_for(
+def test_damaged_patients_tell_no_group_and_why(
     tmp_path: Path, patients: list[dict[str, str]], said: str
 ) -> None:
-    write(tmp_path, patients)
-    assert len(list(mimic.open_mimic(tmp_path))) == 1
-    with pytest.raises(ValueError, match=said) as caught:
-        groups_of(tmp_path)
-    assert SECRET not in str(caught.value)
+    """The task does not read them, so the notes and what ADMISSIONS tells stay."""
+    write(tmp_path, patients, INSURANCE="Private", ETHNICITY="ASIAN")
+    source = mimic.open_mimic(tmp_path, grouped=True)
+    left_out: dict[str, str] = {}
+    groups = read_groups(source, left_out)
+    assert {name: column.values for name, column in groups.items()} == {
+        "sex": (), "age": (), "ethnicity": ("asian",), "insurance": ("Private",)
+    }  # fmt: skip
+    assert left_out == {} and list(source.groups_left_out) == ["sex", "age"]
+    assert all(said in reason for reason in source.groups_left_out.values())
+    assert SECRET not in str(source.groups_left_out)
 
 
 def test_a_copy_of_real_columns_is_read(real_data: Path) -> None:

@@ -66,6 +66,13 @@ def test_identifiers_are_refused_without_being_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="never one of identifiers") as refusal:
         read_groups(opened(as_table(tmp_path, "csv", rows), "mrn"))
     assert "MRN-" not in str(refusal.value)
+    # Where nobody named the columns, the others are still told.
+    rows = [row | {"sex": "FM"[i % 2]} for i, row in enumerate(rows)]
+    left_out: dict[str, str] = {}
+    groups = read_groups(opened(as_table(tmp_path, "csv", rows), "mrn", "sex"), left_out)
+    assert list(groups) == ["sex"] and groups["sex"].codes.tolist() == [i % 2 for i in range(41)]
+    assert list(left_out) == ["mrn"] and "more than 40 different values" in left_out["mrn"]
+    assert "MRN-" not in left_out["mrn"]
     with pytest.raises(ValueError, match="one column is named for two purposes"):
         opened(as_table(tmp_path, "csv", rows), "who")
 

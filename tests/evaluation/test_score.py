@@ -238,6 +238,16 @@ def test_groups_come_from_columns_of_the_table(
     assert low < table["sex", "F"]["auroc"] <= high
 
 
+def test_a_column_of_identifiers_is_refused_before_scoring(
+    downstream_run: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[int] = []
+    monkeypatch.setattr("evaluation.score.classifier_logits", lambda *_, **__: scored.append(1))
+    with pytest.raises(ValueError, match="never one of identifiers"):
+        score(downstream_run, data=str(notes), subgroup_columns=("text",))
+    assert not scored
+
+
 def test_two_runs_are_compared_on_the_same_notes(
     downstream_run: Path, base: Path, notes: Path, tmp_path: Path
 ) -> None:

@@ -1,10 +1,13 @@
 """Runs on a MIMIC cohort: several labels a note, from the tables to the scores; notes left out."""
 
 import csv
+import gzip
 import hashlib
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -87,6 +90,37 @@ def test_diagnoses_are_learned_and_scored_label_by_label(
     # Sigmoids: nothing makes a note's labels add up to one.
     total = np.array([[float(row[f"p_{name}"]) for name in labels] for row in rows]).sum(1)
     assert (abs(total - 1) > 0.1).all()
+    check_that_what_holds_no_groups_is_left_out_aloud(out, cohort, out.with_name("other-hospital"))
+
+
+def check_that_what_holds_no_groups_is_left_out_aloud(out: Path, cohort: Path, other: Path) -> None:
+    """Scored on tables with a damaged date of birth and an insurance of its own for everybody."""
+    shutil.copytree(cohort, other)
+    for name, column, value in (
+        ("PATIENTS", "DOB", lambda _: "hearsay"),
+        ("ADMISSIONS", "INSURANCE", lambda number: f"plan {number}"),
+    ):
+        (path,) = other.glob(f"{name}.csv*")
+        opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "rt", newline="") as file:
+            rows = [
+                {**row, column: value(number)} for number, row in enumerate(csv.DictReader(file))
+            ]
+        with opener(path, "wt", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], quoting=csv.QUOTE_ALL)
+            writer.writeheader()
+            writer.writerows(rows)
+    results = score_run(ScoreConfig(run=str(out), data=str(other), bootstrap=0))
+    assert {row["group"] for row in results["subgroups"]} == {"ethnicity"}
+    reasons = results["subgroups_left_out"]
+    assert set(reasons) == {"sex", "age", "insurance"}
+    assert "a date of birth is not a date" in reasons["sex"] == reasons["age"]
+    assert "more than 40 different values" in reasons["insurance"]
+    said = "\n".join(summary(results))
+    page = next(out.glob("eval/other-hospital-*/report.html")).read_text()
+    for shown in (said, page):
+        assert all(reason in shown for reason in reasons.values())
+        assert "plan 1" not in shown and "hearsay" not in shown
 
 
 def test_runs_of_the_papers_cohort_rank_labels_as_the_paper_did(
