@@ -239,12 +239,19 @@ def test_groups_come_from_columns_of_the_table(
 
 
 def test_a_column_of_identifiers_is_refused_before_scoring(
-    downstream_run: Path, notes: Path, monkeypatch: pytest.MonkeyPatch
+    downstream_run: Path, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with notes.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    copy = tmp_path / "numbered.csv"
+    with copy.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], "number"])
+        writer.writeheader()
+        writer.writerows({**row, "number": str(i)} for i, row in enumerate(rows))
     scored: list[int] = []
     monkeypatch.setattr("evaluation.score.classifier_logits", lambda *_, **__: scored.append(1))
     with pytest.raises(ValueError, match="never one of identifiers"):
-        score(downstream_run, data=str(notes), subgroup_columns=("text",))
+        score(downstream_run, data=str(copy), subgroup_columns=("number",))
     assert not scored
 
 
