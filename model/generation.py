@@ -2,7 +2,7 @@
 
 Letters: n sequences still running, V vocabulary. The invariant: a sequence's tokens follow from
 the model, its prompt, the settings and its own seed; which other prompts run beside it, and
-whether keys and values are cached or computed again, does not matter.
+whether keys and values are cached or computed again, does not matter, up to rounding.
 """
 
 from collections.abc import Callable, Iterator, Sequence
