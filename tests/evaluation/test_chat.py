@@ -1,6 +1,7 @@
 """A chat: its tokens against loops written out, and that nothing of it is left anywhere."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -190,7 +191,14 @@ def test_nothing_is_written_and_ctrl_c_stops_an_answer(tuned: Path, tmp_path: Pa
     before = snapshot(tuned, home)
     terminal, its_end = os.openpty()
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdin=its_end, stdout=its_end, stderr=subprocess.PIPE
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdin=its_end,
+        stdout=its_end,
+        stderr=subprocess.PIPE,
+        # What a shell starts in the background ignores this signal, and so do its children.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     os.close(its_end)
     os.set_blocking(terminal, False)
