@@ -311,6 +311,8 @@ def _medmcqa(row: Any, first: int) -> Question:
 def _first_answer(rows: Iterator[Row]) -> int:
     """1 where answers are numbered from 1 as in the published files, 0 as on the Hub."""
     found = {_number(row.get("cop"), -1) for _, row in rows if isinstance(row, dict)}
+    if found <= {None}:
+        return 1  # these are no such questions, and the first row's error says so best
     has_zero, has_four = 1 in found, 5 in found  # counted from -1, the Hub's hidden answer
     if has_zero != has_four:
         return 0 if has_zero else 1

@@ -71,6 +71,12 @@ def test_medmcqa_asks_where_the_numbers_do_not_tell(tmp_path: Path, cops: tuple[
         assert [question.answer for question in told] == [1, 2]
 
 
+def test_a_file_of_something_else_is_refused_by_its_first_row(tmp_path: Path) -> None:
+    path = lines(tmp_path / "other.jsonl", {"a": 1}, {"text": "b"})
+    with pytest.raises(ValueError, match=r"other\.jsonl.*line 1"):
+        read_questions("medmcqa", path)
+
+
 def test_pubmedqa_of_both_layouts(tmp_path: Path) -> None:
     article = {"QUESTION": "Is it?", "CONTEXTS": ["a", "b"], "final_decision": "maybe"}
     published = tmp_path / "pqal.json"
