@@ -1,5 +1,6 @@
 """The token cache: same ids however it is built, its key, its privacy, and what a kill leaves."""
 
+import functools
 import os
 import shutil
 import signal
@@ -203,7 +204,11 @@ def build_in_a_process(
     tokenizer_folder: Path, cache: Path, name: str
 ) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", KILLED_BUILD, str(tokenizer_folder), str(cache), name]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    # What a shell starts in the background ignores SIGINT, and so do its children.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, preexec_fn=heed
+    )
 
 
 def test_a_killed_build_leaves_no_half_cache(tokenizer_folder: Path, tmp_path: Path) -> None:
