@@ -25,7 +25,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from model.ending import CommandParser, exit_code
 from model.generation import GenerationConfig, stream
 from model.heads import CausalLM
-from training.assemble import load_bare, restore
+from training.assemble import bare_settings, load_bare, restore
 from training.parallel import choose_device, flush_denormals
 
 LONGEST_ANSWER = 512  # tokens, where --max-new-tokens does not say and the positions suffice
@@ -258,7 +258,9 @@ def open_speaker(
     """The model of a finished run, or of a folder."""
     place = choose_device(device)
     if model is not None:
-        return Speaker(load_bare(Path(model), place), load_tokenizer(model), prompt_format)
+        return Speaker(
+            load_bare(bare_settings(Path(model)), place), load_tokenizer(model), prompt_format
+        )
     assert run is not None
     finished = restore(Path(run), place)
     if not isinstance(finished.model, CausalLM):

@@ -40,11 +40,10 @@ from evaluation.strategies import STRATEGIES, TIE_RULE, Setting, StrategyName, v
 from model.checkpoint import base_fingerprint
 from model.files import read_json, write_json
 from model.heads import CausalLM
-from training.assemble import base_dtype, load_base, restore
+from training.assemble import bare_settings, base_dtype, load_bare, restore
 from training.config import BaseDtype, Int8Settings
 from training.parallel import choose_device, flush_denormals
 from training.run_folder import locked, private_files
-from training.stages import clinical
 
 ANSWERS, RESULTS = "answers.jsonl", "results.json"
 RATIONALES = 5  # tried for each solved question by default, as in promptbase
@@ -483,14 +482,8 @@ def _answerer(config: QuestionConfig, device: torch.device) -> tuple[ModelAnswer
         fingerprint = digest_of({key: finished.record[key] for key in ("fingerprints", "files")})
     else:
         folder = Path(config.model or "")
-        settings = dataclasses.replace(  # a stage that puts nothing on the base, of any length
-            clinical(),
-            model=config.model,
-            base_dtype=config.base_dtype,
-            int8=config.int8,
-            max_length=2,
-        )
-        model, tokenizer = load_base(settings, folder, 0, device), load_tokenizer(folder)
+        settings = bare_settings(folder, config.base_dtype, config.int8)
+        model, tokenizer = load_bare(settings, device), load_tokenizer(folder)
         fingerprint = base_fingerprint(folder)
     if not isinstance(model, CausalLM):
         raise ValueError(f"--mcq needs a language model, but {config.run} is a classifier")

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +51,10 @@ from model.config import DecoderConfig, EncoderConfig, read_config, read_decoder
 from model.decoder import Decoder, init_weights
 from model.files import check_files, file_digest, folder_digest, open_safetensors
 from model.heads import CausalLM, Classifier, Model
-from training.config import AUTO, BaseDtype, RunConfig, from_dict
+from training.config import AUTO, BaseDtype, Int8Settings, RunConfig, from_dict
 from training.neftune import add_neftune
 from training.run_folder import HEAD_FILE, RUN_FILE, read_record
-from training.stages import SYNTHETIC_COHORT
+from training.stages import SYNTHETIC_COHORT, clinical
 
 CLINICAL, DOWNSTREAM, INSTRUCT = "clinical", "downstream", "instruct"  # the adapters' names
 LORA_TARGETS = {DecoderConfig: ("q_proj", "v_proj"), EncoderConfig: ("query", "value")}
@@ -531,12 +531,26 @@ def load_base(
     return model.requires_grad_(False)
 
 
-def load_bare(folder: Path, device: torch.device) -> CausalLM:
-    """A language model of no run, held as a run's frozen base is unless --base-dtype says how."""
-    dtype = torch.bfloat16 if _has_bfloat16(device) else torch.float32
-    return load_causal_lm(
-        folder, dtype=dtype, device=device, int8="bf16" if is_stored_int8(folder) else None
+def bare_settings(
+    folder: Path, base_dtype: BaseDtype | None = None, int8: Int8Settings | None = None
+) -> RunConfig:
+    """Settings that hold a language model of no run as a run holds its frozen base."""
+    # Stage clinical puts nothing on the base; with segments this short it is of any length.
+    return replace(
+        clinical(),
+        model=str(folder),
+        base_dtype=base_dtype,
+        int8=Int8Settings() if int8 is None else int8,
+        max_length=2,
     )
+
+
+def load_bare(settings: RunConfig, device: torch.device) -> CausalLM:
+    """The language model of `bare_settings`."""
+    assert settings.model is not None
+    model = load_base(settings, Path(settings.model), 0, device)
+    assert isinstance(model, CausalLM)
+    return model
 
 
 def _check_positions(config: RunConfig, model: Model) -> None:

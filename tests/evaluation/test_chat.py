@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import evaluation.chat
 from data.tokenizer import Tokenizer, load_tokenizer
 from evaluation.chat import Conversation, PlainText, main
 from model.batch import TokenBatch
@@ -25,7 +24,7 @@ from model.heads import CausalLM
 from tests.conftest import ROOT
 from tests.data.conftest import WORDS, CharacterTokenizer
 from tests.evaluation.conftest import settings
-from training.assemble import restore
+from training.assemble import bare_settings, load_bare, restore
 from training.config import LoraSettings
 from training.run import run
 from training.stages import instruct
@@ -109,7 +108,7 @@ def test_two_turns_are_the_tokens_of_a_loop_written_out(
 def test_a_merged_folder_is_asked_in_the_format_that_is_named(
     base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model, t = evaluation.chat.load_bare(base, CPU), load_tokenizer(base)
+    model, t = load_bare(bare_settings(base), CPU), load_tokenizer(base)
     told = by_hand(model, [t.bos_id, *t.encode("fever\nand pain\n")], t.eos_id, 9)
     options = ("--model", str(base), "--prompt-format", "plain", "--max-new-tokens", "9")
     out, err = talk(monkeypatch, capsys, *options, said='"""\nfever\nand pain\n"""\n')
