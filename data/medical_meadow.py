@@ -18,7 +18,6 @@ import hashlib
 import heapq
 import json
 import math
-import os
 import sys
 import time
 from collections import Counter
@@ -330,10 +329,4 @@ def summary(manifest: Mapping[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        code = main(sys.argv[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = 0
-    sys.exit(code)
+    sys.exit(main(sys.argv[1:]))

@@ -12,7 +12,6 @@ only on a terminal, so that no note ends in a file or in another program.
 """
 
 import itertools
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -290,10 +289,4 @@ def printable(text: str) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        code = main(sys.argv[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = 0
-    sys.exit(code)
+    sys.exit(main(sys.argv[1:]))

@@ -46,7 +46,12 @@ def exit_code(
     interrupted, out_of_memory: what to say after Ctrl-C, and when memory runs out.
     """
     try:
-        work()
+        try:
+            work()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read what is printed has read enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what the interpreter flushes at its end
     except (Exception, KeyboardInterrupt) as error:
         if "--debug" in arguments:
             traceback.print_exc()

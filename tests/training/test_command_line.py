@@ -1,11 +1,15 @@
 """Every mistake of a user is one line and exit code 2; files and flags obey the same rules."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import train
+from tests.conftest import ROOT
 from training.command_line import read_command
 from training.config import RunConfig, from_dict, to_dict
 from training.stages import EMBEDDED, STAGES
@@ -378,3 +382,14 @@ def test_every_setting_has_help() -> None:
             if isinstance(field, ast.AnnAssign):
                 is_group = "Settings" in ast.unparse(field.annotation)
                 assert is_group or isinstance(after, ast.Expr), ast.unparse(field.target)
+
+
+@pytest.mark.parametrize("command", [["train.py", "--help"], ["-m", "data.preview", "--help"]])
+def test_a_reader_that_has_read_enough_is_no_failure(command: list[str]) -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    with os.fdopen(writes, "wb") as gone:
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, stdout=gone, stderr=subprocess.PIPE, text=True
+        )
+    assert (done.returncode, done.stderr) == (0, "")
