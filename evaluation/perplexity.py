@@ -10,7 +10,7 @@ from typing import Any
 
 from lora.attach import adapter_names, without_adapters
 from model.ending import RunFailed
-from training.assemble import LanguageDataset
+from training.notes import LanguageDataset
 from training.objective import LanguageModelling
 from training.parallel import Ranks
 from training.validation import joint_loss, perplexity, validate_language

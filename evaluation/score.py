@@ -48,24 +48,21 @@ from evaluation.thresholds import chosen_thresholds, threshold_table
 from model.checkpoint import base_fingerprint
 from model.files import read_json, write_json
 from model.heads import CausalLM, Classifier
-from training.assemble import (
-    FinishedRun,
+from training.assemble import FinishedRun, has_same_lists, load_base, restore
+from training.config import RunConfig
+from training.notes import (
     LanguageDataset,
     Notes,
     cache_folder,
     find_notes,
-    has_same_lists,
-    load_base,
     load_notes,
     make_dataset,
     open_cohort,
     open_source,
-    restore,
     source_pieces,
     split_and_fit,
     text_encoder,
 )
-from training.config import RunConfig
 from training.objective import Classification, LanguageModelling
 from training.parallel import Ranks, choose_device, flush_denormals
 from training.run_folder import locked, private_files

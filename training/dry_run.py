@@ -20,19 +20,12 @@ from lora.attach import adapter_names, adapter_parameters
 from model.activations import recomputes_blocks
 from model.heads import Classifier, Model
 from training.assemble import (
-    Dataset,
-    Notes,
-    SourceNotes,
     base_parameters,
     build_model,
-    cache_folder,
     check_same_base,
     count_parameters,
     fingerprints,
-    how_cut,
-    make_dataset,
     resolve,
-    validation_rows,
 )
 from training.command_line import used_settings
 from training.config import RunConfig
@@ -48,6 +41,15 @@ from training.estimate import (
     spread_bytes,
 )
 from training.loop import steps_between_validations
+from training.notes import (
+    Dataset,
+    Notes,
+    SourceNotes,
+    cache_folder,
+    how_cut,
+    make_dataset,
+    validation_rows,
+)
 from training.objective import compute_dtype
 from training.optim import make_adamw, state_bytes
 from training.parallel import Ranks, start, stop

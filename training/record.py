@@ -21,8 +21,9 @@ import torch
 
 from lora.attach import adapter_names
 from model.heads import Model
-from training.assemble import Notes, check_same_base, count_parameters, fingerprints
+from training.assemble import check_same_base, count_parameters, fingerprints
 from training.config import RunConfig, to_dict
+from training.notes import Notes
 from training.parallel import Ranks
 from training.run_folder import FORMAT
 

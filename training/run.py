@@ -31,23 +31,20 @@ from model.checkpoint import copy_tokenizer, save_model
 from model.ending import RunFailed
 from model.files import describe_files, write_safetensors, write_sealed_json
 from model.heads import CausalLM, Classifier, Model
-from training.assemble import (
-    Dataset,
-    Notes,
-    base_parameters,
-    build_model,
-    how_cut,
-    init_adapter_name,
-    load_notes,
-    make_dataset,
-    resolve,
-    source_pieces,
-    validation_rows,
-)
+from training.assemble import base_parameters, build_model, init_adapter_name, resolve
 from training.checkpoint import sweep
 from training.config import RunConfig
 from training.estimate import TimeLeft, flops
 from training.loop import Loop, steps_between_validations
+from training.notes import (
+    Dataset,
+    Notes,
+    how_cut,
+    load_notes,
+    make_dataset,
+    source_pieces,
+    validation_rows,
+)
 from training.objective import Classification, LanguageModelling, balanced_class_weights
 from training.parallel import Ranks, held_parameters, shard, start, stop
 from training.progress import Progress

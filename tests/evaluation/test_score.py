@@ -19,7 +19,8 @@ from lora.attach import adapter_names, without_adapters
 from model.batch import TokenBatch
 from model.files import read_json
 from tests.evaluation.conftest import CANARY_PATIENT, CANARY_TEXT, settings, write_notes
-from training.assemble import load_notes, restore
+from training.assemble import restore
+from training.notes import load_notes
 from training.run import run
 from training.stages import downstream
 

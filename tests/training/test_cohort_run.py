@@ -20,8 +20,8 @@ from data.synthetic import make_cohort
 from evaluation.metrics import headline_metrics
 from evaluation.score import ScoreConfig, score_run, summary
 from model.files import read_json
-from training.assemble import load_notes
 from training.config import RunConfig
+from training.notes import load_notes
 from training.run import run
 
 pytest.importorskip("duckdb", reason="the optional library duckdb is absent")

@@ -29,8 +29,9 @@ from tests.data.conftest import WORDS
 from tests.evaluation.conftest import CANARY_TEXT
 from tests.model.bert import write_vocabulary
 from tests.training.test_run import Dies, die_at, metrics_of, weights_and_states
-from training.assemble import load_notes, make_dataset, restore
+from training.assemble import restore
 from training.config import RunConfig
+from training.notes import load_notes, make_dataset
 from training.run import run
 
 MakeConfig = Callable[..., RunConfig]

@@ -19,10 +19,11 @@ from model.files import read_json
 from tests.data.conftest import WORDS
 from tests.training.conftest import CANARY_TEXT, settings
 from tests.training.test_run import Dies, die_at, metrics_of, weights_and_states
-from training.assemble import load_notes, make_dataset, restore
+from training.assemble import restore
 from training.command_line import read_command
 from training.config import LoraSettings, RunConfig
 from training.neftune import NeftuneNoise
+from training.notes import load_notes, make_dataset
 from training.run import run
 from training.stages import instruct
 

@@ -17,9 +17,10 @@ from safetensors import safe_open
 
 from evaluation.metrics import headline_metrics
 from model.files import read_json
-from training.assemble import base_parameters, build_model, load_notes, make_dataset
+from training.assemble import base_parameters, build_model
 from training.config import LoraSettings, RunConfig, to_dict
 from training.estimate import spread_bytes
+from training.notes import load_notes, make_dataset
 from training.parallel import Ranks, choose_device
 from training.run import run
 

@@ -27,10 +27,10 @@ from model.files import read_json
 from model.generation import GenerationConfig, generate
 from tests.evaluation.conftest import write_notes
 from tests.training.test_run import Dies, die_at, metrics_of, weights_and_states
-from training.assemble import load_notes, source_pieces
 from training.checkpoint import load_checkpoint
 from training.config import LoraSettings, OptimSettings, RunConfig
 from training.dry_run import dry_run
+from training.notes import load_notes, source_pieces
 from training.objective import LanguageModelling
 from training.optim import make_adamw
 from training.parallel import Ranks

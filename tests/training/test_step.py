@@ -12,8 +12,9 @@ import torch
 from data.loader import Loader
 from data.packing import IGNORED, PackedBatch
 from tests.model.oracle import CONFIGS, make_causal_lm
-from training.assemble import build_model, load_notes, make_dataset
+from training.assemble import build_model
 from training.config import OptimSettings, RunConfig
+from training.notes import load_notes, make_dataset
 from training.objective import Classification, LanguageModelling, balanced_class_weights
 from training.optim import make_adamw
 from training.parallel import Ranks
