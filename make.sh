@@ -153,10 +153,15 @@ case "${1:-}" in
         ;;
     test)
         set_up test
-        .venv/bin/python -m pytest "${@:2}"
-        # Triton's interpreter is chosen at import, so the kernels' own tests are a run of their own.
-        if [[ $# -eq 1 ]]; then
-            TRITON_INTERPRET=1 .venv/bin/python -m pytest tests/kernels
+        if [[ $# -gt 1 ]]; then
+            .venv/bin/python -m pytest "${@:2}"
+        else
+            # A process for each core, one file at a time: most tests keep one core busy, whatever torch may use.
+            export OMP_NUM_THREADS=1
+            spread=(--numprocesses auto --maxprocesses 4 --dist loadfile)
+            .venv/bin/python -m pytest "${spread[@]}"
+            # Triton's interpreter is chosen at import, so the kernels' own tests are a run of their own.
+            TRITON_INTERPRET=1 .venv/bin/python -m pytest "${spread[@]}" tests/kernels
         fi
         ;;
     check)

@@ -4,19 +4,23 @@ A small model spends its time between operations, not in them: `Decoder.forward`
 what training needs (autograd's functions, segments, keys of dropout). A larger one on a CPU spends
 it in products of few rows, which reach a fraction of the memory's speed on weights as checkpoints
 store them. A `Plan` is made once for a generation and holds the blocks' weights: small ones of a
-common input as one matrix, large ones laid out for the rows of a step. It covers dense decoders and
-low-rank adapters; of others there is none, and generation takes the forward pass itself. The
-invariant: a plan's logits are those of `CausalLM`.
+common input as one matrix, large ones in float16 where that is exact (published checkpoints are
+float16 or bfloat16, whatever they are computed in), others laid out for the rows of a step. It
+covers dense decoders and low-rank adapters; of others there is none, and generation takes the
+forward pass itself. The invariant: a plan's logits are those of `CausalLM`.
 
 Letters: n sequences, D width, V vocabulary, N query heads, G key-value heads, H head width, K input
 width of a layer, R rank.
 """
 
+import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple, Self
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
@@ -27,13 +31,13 @@ from model.linear import Linear
 
 # Layers of one input up to this size become one matrix, a copy: fewer operations.
 _STACKED_BYTES = 1 << 20
-# Larger ones are laid out anew, a copy too, where all weights together stay below this ...
+# Larger ones are held anew, a copy too, where all weights together stay below this ...
 _LAID_OUT_BYTES = 1 << 31
 # ... and there are tokens enough to gain more than the copy costs.
 _LAID_OUT_TOKENS = 64
 
-# How large weights lie: as the checkpoint has them [N, K]; as [K, N], of which a product with one
-# row is a sum of long rows; or in oneDNN's blocks, for several rows.
+# How large weights lie that float16 does not hold: as the checkpoint has them [N, K]; as [K, N], of
+# which a product with one row is a sum of long rows; or in oneDNN's blocks, for several rows.
 _Layout = Literal["stored", "transposed", "blocked"]
 
 
@@ -72,8 +76,77 @@ class _Blocks(NamedTuple):
         return y
 
 
-def _product(weights: Sequence[Tensor], bias: Tensor | None, layout: _Layout) -> _Matrix | _Blocks:
-    """With weights [N, K] of one input as one; only a wide one is worth another layout."""
+class _Halves(NamedTuple):
+    """x W^T + bias in float32, sums included, of a weight that is read as float16.
+
+    The weight is packed times a power of two, so nothing is rounded: float16 has three bits of
+    precision more than bfloat16, and thirty powers of two below the largest weight.
+    """
+
+    packed: torch.ScriptObject
+    scale: float  # the weight is what is packed times this
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.quantized.linear_dynamic_fp16(x, self.packed)
+        if self.bias is not None:
+            return torch.add(self.bias, y, alpha=self.scale)
+        return y if self.scale == 1.0 else y.mul_(self.scale)
+
+
+class _Packed(NamedTuple):
+    """What became of some weights."""
+
+    weights: tuple[Tensor, ...]
+    states: tuple[tuple[int, int], ...]  # the weights' addresses and versions then
+    halves: tuple[torch.ScriptObject, float] | None  # None where float16 is not exact
+
+
+# Packing takes as long as some fifty steps, so it is kept with the first layer of a group, or with
+# the model for its head, for as long as the weights are what they were.
+_packed: WeakKeyDictionary[nn.Module, _Packed] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _halves(owner: nn.Module, weights: Sequence[Tensor]) -> tuple[torch.ScriptObject, float] | None:
+    """Float32 weights [N, K] of one input as one in float16, and its scale; kept by `owner`.
+
+    None where they are too small to gain, where float16 is not exact, or where torch has no such
+    product.
+    """
+    has_products = torch.backends.quantized.engine in ("fbgemm", "x86")
+    is_large = sum(weight.nbytes for weight in weights) >= _STACKED_BYTES
+    if not (has_products and is_large and all(w.dtype == torch.float32 for w in weights)):
+        return None
+    states = tuple((weight.data_ptr(), weight._version) for weight in weights)
+    kept = _packed.get(owner)
+    if (
+        kept is not None
+        and kept.states == states
+        and all(one is other for one, other in zip(kept.weights, weights, strict=True))
+    ):
+        return kept.halves
+    halves = None
+    weight = weights[0] if len(weights) == 1 else torch.cat(tuple(weights))
+    largest = max(-float(weight.min()), float(weight.max()))
+    for exponent in (0, max(0, 15 - math.frexp(largest)[1])):
+        scaled = weight * 2.0**exponent if exponent else weight
+        if torch.equal(scaled.half().float(), scaled):
+            halves = torch.ops.quantized.linear_prepack_fp16(scaled, None), 2.0**-exponent
+            break
+    _packed[owner] = _Packed(tuple(weights), states, halves)
+    return halves
+
+
+def _product(
+    owner: nn.Module | None, weights: Sequence[Tensor], bias: Tensor | None, layout: _Layout
+) -> _Matrix | _Blocks | _Halves:
+    """With weights [N, K] of one input as one; only a wide one is worth a layout of float32.
+
+    owner: where the weights are a checkpoint's, the module that keeps their float16 form.
+    """
+    if layout != "stored" and owner and (halves := _halves(owner, weights)) is not None:
+        return _Halves(*halves, bias)
     weight = weights[0] if len(weights) == 1 else torch.cat(tuple(weights))
     is_wide = weight.shape[0] > weight.shape[1] and weight.nbytes > _STACKED_BYTES
     if layout == "stored" or not is_wide:
@@ -86,7 +159,7 @@ def _product(weights: Sequence[Tensor], bias: Tensor | None, layout: _Layout) ->
 class _Group(NamedTuple):
     """Layers that read one input: products each of one layer, or one of all together."""
 
-    products: tuple[_Matrix | _Blocks, ...]
+    products: tuple[_Matrix | _Blocks | _Halves, ...]
     updates: tuple[_Update, ...]
 
     @classmethod
@@ -99,6 +172,7 @@ class _Group(NamedTuple):
             for one in operands
         ]
         biases = [None if one.bias is None else one.bias.to(dtype) for one in operands]
+        is_as_loaded = all(w is one.weight for w, one in zip(weights, operands, strict=True))
         is_small = sum(w.nbytes for w in weights) <= _STACKED_BYTES
         is_stacked = len(layers) > 1 and (is_small or layout != "stored")
         updates, start = [], 0
@@ -111,9 +185,14 @@ class _Group(NamedTuple):
         if is_stacked:
             given = [bias for bias in biases if bias is not None]
             assert len(given) in (0, len(biases))
-            products = [_product(weights, torch.cat(given) if given else None, layout)]
+            bias = torch.cat(given) if given else None
+            owner = layers[0] if is_as_loaded else None
+            products = [_product(owner, weights, bias, layout)]
         else:
-            products = [_product([w], b, layout) for w, b in zip(weights, biases, strict=True)]
+            products = [
+                _product(layer if is_as_loaded else None, [weight], bias, layout)
+                for layer, weight, bias in zip(layers, weights, biases, strict=True)
+            ]
         return cls(tuple(products), tuple(updates))
 
     def __call__(self, x: Tensor) -> list[Tensor]:
@@ -122,11 +201,11 @@ class _Group(NamedTuple):
     def added_to(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + the one layer's output."""
         (product,) = self.products
-        if isinstance(product, _Blocks):
-            y = product(x).add_(residual)
-        else:
+        if isinstance(product, _Matrix):
             y = torch.addmm(residual, x, product.matrix)
             y = y if product.bias is None else y.add_(product.bias)
+        else:
+            y = product(x).add_(residual)
         return self._updated(x, [y])[0]
 
     def _updated(self, x: Tensor, outputs: list[Tensor]) -> list[Tensor]:
@@ -165,6 +244,31 @@ class _Layer(NamedTuple):
     down: _Group
 
 
+def _sharing_an_input(block: Block) -> tuple[tuple[Linear, ...], ...]:
+    """A dense block's layers: of q, k and v; of the output; of gate and up; of down."""
+    own, mlp = block.self_attn, block.mlp
+    assert mlp is not None
+    return (
+        (own.q_proj, own.k_proj, own.v_proj),
+        (own.o_proj,),
+        (mlp.gate_proj, mlp.up_proj),
+        (mlp.down_proj,),
+    )
+
+
+def _pack(model: CausalLM) -> None:
+    """`_halves` of all weights, which a plan then finds: several at once, each takes one thread."""
+    owned: list[tuple[nn.Module, list[Tensor]]] = [(model, [model.head_weight])]
+    for block in model.model.layers:
+        assert isinstance(block, Block)
+        owned += [
+            (group[0], [layer.weight for layer in group]) for group in _sharing_an_input(block)
+        ]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for job in [pool.submit(_halves, owner, weights) for owner, weights in owned]:
+            job.result()
+
+
 class Plan:
     """The steps of one generation after its prompts."""
 
@@ -174,22 +278,20 @@ class Plan:
         self._config, self._embedding = decoder.config, decoder.embed_tokens.weight
         dtype, device = self._embedding.dtype, self._embedding.device
         self._norm = _Norm.of(decoder.norm, dtype)
+        if layout != "stored":
+            _pack(model)
         self._layers: list[_Layer] = []
         for block in decoder.layers:
             assert isinstance(block, Block)
-            assert block.mlp is not None
-            own, mlp = block.self_attn, block.mlp
-            self._layers.append(
-                _Layer(
-                    _Norm.of(block.input_layernorm, dtype),
-                    _Group.of((own.q_proj, own.k_proj, own.v_proj), dtype, layout),
-                    _Group.of((own.o_proj,), dtype, layout),
-                    _Norm.of(block.post_attention_layernorm, dtype),
-                    _Group.of((mlp.gate_proj, mlp.up_proj), dtype, layout),
-                    _Group.of((mlp.down_proj,), dtype, layout),
-                )
+            qkv, output, gate_up, down = (
+                _Group.of(layers, dtype, layout) for layers in _sharing_an_input(block)
             )
-        self._head = _product([model.head_weight.to(dtype)], None, layout)
+            before_attention = _Norm.of(block.input_layernorm, dtype)
+            before_mlp = _Norm.of(block.post_attention_layernorm, dtype)
+            self._layers.append(_Layer(before_attention, qkv, output, before_mlp, gate_up, down))
+        head = model.head_weight
+        owner = model if head.dtype == dtype else None
+        self._head = _product(owner, [head.to(dtype)], None, layout)
         # RoPE of a head (a, b) is (a, b) times (cos, cos) plus (b, a) times (-sin, sin).
         cos, sin = rope_tables(decoder.config, torch.arange(capacity, device=device), dtype)
         self._cos, self._sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)

@@ -24,7 +24,7 @@ from model.batch import TokenBatch
 from model.cache import KVCache
 from model.checkpoint import load_causal_lm, save_model
 from model.config import DecoderConfig
-from model.decoding import Plan
+from model.decoding import Plan, _Halves, _halves
 from model.generation import GenerationConfig, _adjusted, _choose, _joined, generate, stream
 from model.heads import CausalLM
 from tests.model.oracle import (
@@ -117,15 +117,19 @@ def make_adapted(config: DecoderConfig) -> CausalLM:
 
 
 NARROW = (torch.float64, torch.bfloat16)
-LAYOUTS = [  # bytes below which layers are stacked, tokens and sequences that are asked for, types
-    pytest.param(0, 12, 1, NARROW, id="stored"),
-    pytest.param(1 << 20, 12, 1, NARROW, id="stacked"),
-    pytest.param(0, 64, 1, (torch.float32,), id="transposed"),
-    pytest.param(0, 64, 3, (torch.float32,), id="blocked"),
+LAYOUTS = [
+    # Bytes below which layers are stacked, tokens and sequences that are asked for, types, and what
+    # a checkpoint holds the weights in.
+    pytest.param(0, 12, 1, NARROW, None, id="stored"),
+    pytest.param(1 << 20, 12, 1, NARROW, None, id="stacked"),
+    pytest.param(0, 64, 1, (torch.float32,), None, id="transposed"),
+    pytest.param(0, 64, 3, (torch.float32,), None, id="blocked"),
+    pytest.param(0, 64, 1, (torch.float32,), torch.float16, id="float16"),
+    pytest.param(0, 64, 3, (torch.float32,), torch.bfloat16, id="bfloat16"),
 ]
 
 
-@pytest.mark.parametrize(("stacked_bytes", "tokens_each", "count", "dtypes"), LAYOUTS)
+@pytest.mark.parametrize(("stacked_bytes", "tokens_each", "count", "dtypes", "held"), LAYOUTS)
 @pytest.mark.parametrize(
     "name", ["grouped-query", "tied", "attention-bias", "mlp-bias", "llama3-rope", "mistral-window"]
 )
@@ -135,6 +139,7 @@ def test_the_steps_of_a_plan_are_the_decoders_rows(
     tokens_each: int,
     count: int,
     dtypes: tuple[torch.dtype, ...],
+    held: torch.dtype | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With adapters, and sequences of several lengths; in narrower types as near to float64.
@@ -144,7 +149,7 @@ def test_the_steps_of_a_plan_are_the_decoders_rows(
     monkeypatch.setattr(decoding, "_STACKED_BYTES", stacked_bytes)
     prompts = [[1, 5, 9], [1], [1, *range(3, 20)]]
     for dtype in dtypes:
-        ours = make_adapted(CONFIGS[name]).to(dtype)
+        ours = make_adapted(CONFIGS[name]).to(held).to(dtype)
         exact = copy.deepcopy(ours).double()
         caches = []
         for network in (exact, ours, ours):
@@ -154,6 +159,7 @@ def test_the_steps_of_a_plan_are_the_decoders_rows(
                 network.model(_joined(prompts), cache=caches[-1])
         plan = Plan.of(ours, 40, count=count, tokens=tokens_each)
         assert plan is not None
+        assert isinstance(plan._head, _Halves) == (held is not None)
         truths, oracles, steps = [], [], []
         for step in range(12):
             tokens = [3 + step, 50 - step, 7]
@@ -167,6 +173,54 @@ def test_the_steps_of_a_plan_are_the_decoders_rows(
     plain = make_causal_lm(CONFIGS[name])
     config = GenerationConfig(max_new_tokens=12)
     assert generate(plain, PROMPTS, config) != generate(make_adapted(plain.config), PROMPTS, config)
+
+
+@pytest.mark.parametrize("bias", [None, torch.tensor([1.0, -2.0, 0.5])])
+def test_float16_holds_a_weight_exactly_or_not_at_all(
+    bias: Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of float32 sums of float32 products nothing is rounded where they are few powers of two."""
+    monkeypatch.setattr(decoding, "_STACKED_BYTES", 0)
+
+    def product(weight: list[list[float]]) -> Tensor | None:
+        halves = _halves(torch.nn.Module(), [torch.tensor(weight)])
+        return None if halves is None else _Halves(*halves, bias)(torch.tensor([[4.0, 8192.0]]))
+
+    added = torch.zeros(3) if bias is None else bias
+    step = 1 + 2.0**-7  # of bfloat16 at 1
+    for largest in (1.0, 1.5 * 2.0**14, 2.0**-40):  # as it is, nearly too large, and scaled up
+        small = largest * step * 2.0**-13  # a product as large as that of 4
+        weight = [[largest, small], [0.0, -small], [-largest, 0.0]]
+        expected = 4 * largest * torch.tensor([1 + step / 4, -step / 4, -1.0]) + added
+        found = product(weight)
+        assert found is not None
+        assert torch.equal(found, expected[None])
+    # The last bit of float32, one that is too small beside the largest, one that is too large.
+    for value, other in ((1 + 2.0**-23, 0.0), (1.0, 2.0**-45), (2.0**17, 0.0)):
+        assert product([[value, other], [0.0, 0.0], [0.0, 0.0]]) is None
+
+
+def test_packed_weights_are_kept_until_they_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "_STACKED_BYTES", 0)
+    model = make_causal_lm(make_config()).half().float()
+    config = GenerationConfig(max_new_tokens=64)
+
+    def packed() -> list[torch.ScriptObject]:
+        plan = Plan.of(model, 128, count=1, tokens=64)
+        assert plan is not None
+        groups = [plan._head, *(p for layer in plan._layers for p in layer.gate_up.products)]
+        return [group.packed for group in groups if isinstance(group, _Halves)]
+
+    first, before = packed(), generate(model, PROMPTS, config)
+    assert len(first) == 1 + model.config.num_hidden_layers
+    assert all(a is b for a, b in zip(packed(), first, strict=True))
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.neg_()  # type: ignore[union-attr]
+        model.lm_head.weight.data = -model.lm_head.weight.data
+    second = packed()
+    assert [a is b for a, b in zip(first, second, strict=True)] == [False, False, True]
+    after = generate(model, PROMPTS, config)
+    assert after == generate(copy.deepcopy(model), PROMPTS, config, use_cache=False) != before
 
 
 def test_a_decoder_that_a_plan_does_not_cover_has_none() -> None:
