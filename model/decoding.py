@@ -111,12 +111,13 @@ _packed: WeakKeyDictionary[nn.Module, _Packed] = WeakKeyDictionary()
 def _halves(owner: nn.Module, weights: Sequence[Tensor]) -> tuple[torch.ScriptObject, float] | None:
     """Float32 weights [N, K] of one input as one in float16, and its scale; kept by `owner`.
 
-    None where they are too small to gain, where float16 is not exact, or where torch has no such
-    product.
+    None where they are too small to gain, where float16 is not exact, where torch has no such
+    product, or where it does not count their changes: of weights made in inference mode.
     """
     has_products = torch.backends.quantized.engine in ("fbgemm", "x86")
     is_large = sum(weight.nbytes for weight in weights) >= _STACKED_BYTES
-    if not (has_products and is_large and all(w.dtype == torch.float32 for w in weights)):
+    is_known = all(w.dtype == torch.float32 and not w.is_inference() for w in weights)
+    if not (has_products and is_large and is_known):
         return None
     states = tuple((weight.data_ptr(), weight._version) for weight in weights)
     kept = _packed.get(owner)
@@ -129,7 +130,8 @@ def _halves(owner: nn.Module, weights: Sequence[Tensor]) -> tuple[torch.ScriptOb
     halves = None
     weight = weights[0] if len(weights) == 1 else torch.cat(tuple(weights))
     largest = max(-float(weight.min()), float(weight.max()))
-    for exponent in (0, max(0, 15 - math.frexp(largest)[1])):
+    # As float32 holds powers of two up to 2**127.
+    for exponent in (0, min(max(0, 15 - math.frexp(largest)[1]), 127)):
         scaled = weight * 2.0**exponent if exponent else weight
         if torch.equal(scaled.half().float(), scaled):
             halves = torch.ops.quantized.linear_prepack_fp16(scaled, None), 2.0**-exponent

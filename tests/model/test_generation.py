@@ -195,6 +195,10 @@ def test_float16_holds_a_weight_exactly_or_not_at_all(
         found = product(weight)
         assert found is not None
         assert torch.equal(found, expected[None])
+    # As far as float32 has powers of two.
+    tiny = product([[2.0**-120, 0.0], [0.0, 2.0**-120], [0.0, 0.0]])
+    assert tiny is not None
+    assert torch.equal(tiny, (torch.tensor([2.0**-118, 2.0**-107, 0.0]) + added)[None])
     # The last bit of float32, one that is too small beside the largest, one that is too large.
     for value, other in ((1 + 2.0**-23, 0.0), (1.0, 2.0**-45), (2.0**17, 0.0)):
         assert product([[value, other], [0.0, 0.0], [0.0, 0.0]]) is None
@@ -221,6 +225,20 @@ def test_packed_weights_are_kept_until_they_change(monkeypatch: pytest.MonkeyPat
     assert [a is b for a, b in zip(first, second, strict=True)] == [False, False, True]
     after = generate(model, PROMPTS, config)
     assert after == generate(copy.deepcopy(model), PROMPTS, config, use_cache=False) != before
+
+
+def test_weights_made_in_inference_mode_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch does not count their changes."""
+    monkeypatch.setattr(decoding, "_STACKED_BYTES", 0)
+    plain = make_causal_lm(make_config()).half().float()
+    with torch.inference_mode():
+        model = copy.deepcopy(plain)
+        config = GenerationConfig(max_new_tokens=64)
+        before = generate(model, PROMPTS, config)
+        assert before == generate(plain, PROMPTS, config)
+        model.lm_head.weight.neg_()
+        after = generate(model, PROMPTS, config)
+    assert after == generate(model, PROMPTS, config, use_cache=False) != before
 
 
 def test_a_decoder_that_a_plan_does_not_cover_has_none() -> None:
