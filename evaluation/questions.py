@@ -31,8 +31,7 @@ from data.questions import (
 )
 from data.tokenizer import load_tokenizer
 from evaluation.answering import Answerer, ModelAnswerer
-from evaluation.bootstrap import Floats, intervals, resample
-from evaluation.bootstrap import interval as percentiles
+from evaluation.bootstrap import Floats, intervals
 from evaluation.demonstrations import gather_demonstrations
 from evaluation.journal import Row, digest_of, read_header, read_rows, worked_through
 from evaluation.question_report import write_question_report
@@ -394,21 +393,21 @@ def confusion(rows: Sequence[Row]) -> dict[str, dict[str, int]]:
 
 def _accuracy(correct: NDArray[np.bool_], resamples: int, seed: int) -> dict[str, Any]:
     value = float(correct.mean())
-    (found,) = intervals(
-        _means(correct), np.array([value]), len(correct), torch.float64,
-        resamples=resamples, seed=seed,
-    )  # fmt: skip
+    found = _interval(correct, value, resamples, seed)
     return {"n": len(correct), "accuracy": value, "accuracy_ci": found}
 
 
-def _means(values: NDArray[Any]) -> Any:
-    """The mean of one value a question as a statistic of the bootstrap."""
+def _interval(values: NDArray[Any], mean: float, resamples: int, seed: int) -> list[float] | None:
+    """The 95% interval of the mean of one value a question; None where there is none."""
     row = torch.from_numpy(values.astype(np.float64))[None]
 
-    def statistics(counts: Tensor) -> Floats:
+    def means(counts: Tensor) -> Floats:
         return np.asarray((row @ counts.double() / len(values)).numpy())
 
-    return statistics
+    (found,) = intervals(
+        means, np.array([mean]), len(values), torch.float64, resamples=resamples, seed=seed
+    )
+    return found
 
 
 def paired_accuracy(
@@ -427,16 +426,11 @@ def paired_accuracy(
         np.array([row["choice"] == row["answer"] for row in each]) for each in (rows, others)
     )
     won, lost = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
-    ci = None
     difference = ours.astype(np.float64) - theirs
-    if resamples and len(ours) >= 10:
-        drawn = resample(
-            _means(difference), len(ours), torch.float64, resamples=resamples, seed=seed
-        )
-        ci = percentiles(drawn[0])
+    mean = float(difference.mean())
     return {
-        "difference": float(difference.mean()),
-        "ci": ci,
+        "difference": mean,
+        "ci": _interval(difference, mean, resamples, seed),
         "won": won,
         "lost": lost,
         "p": float(binomtest(won, won + lost).pvalue) if won + lost else 1.0,

@@ -3,12 +3,14 @@
 import json
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from scipy.stats import binom
 from transformers import AutoModelForCausalLM
 
 import eval as command
@@ -220,8 +222,25 @@ def test_pairs_are_compared() -> None:
     found = paired_accuracy(rows, others, 200, 0)
     assert (found["won"], found["lost"], found["difference"]) == (6, 0, pytest.approx(0.3))
     assert found["p"] == pytest.approx(2 / 2**6)  # six coins on one side
+    # Six of twenty, each drawn with replacement: a twentieth of a binomial's quantiles.
+    expected = [binom.ppf(share, 20, 0.3) / 20 for share in (0.025, 0.975)]
+    assert paired_accuracy(rows, others, 20_000, 0)["ci"] == pytest.approx(expected)
+    assert paired_accuracy(rows[:9], others[:9], 200, 0)["ci"] is None
     with pytest.raises(ValueError, match="other questions"):
         paired_accuracy(rows, others[1:], 0, 0)
+
+
+def test_accuracy_is_that_of_each_group_with_its_interval() -> None:
+    questions = [
+        replace(one, answer=0, subject="ab"[i < 12]) for i, one in enumerate(made_questions(40))
+    ]
+    choices = [None if i % 4 == 0 else int(i < 4) for i in range(40)]
+    found = accuracies(questions, choices, 20_000, 0)
+    assert (found["n"], found["accuracy"], found["unanswered"]) == (40, 27 / 40, 10)
+    expected = [binom.ppf(share, 40, 27 / 40) / 40 for share in (0.025, 0.975)]
+    assert found["accuracy_ci"] == pytest.approx(expected)
+    groups = {name: (one["n"], one["accuracy"]) for name, one in found["per_subject"].items()}
+    assert groups == {"a": (28, 21 / 28), "b": (12, 6 / 12)}
 
 
 def test_letters_are_counted_against_the_right_ones() -> None:
