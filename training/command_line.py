@@ -466,12 +466,12 @@ def _fits(hint: Any, word: str) -> bool:
 
 
 def _describe(hint: Any) -> str:
-    """A type in words: "a whole number or None"."""
+    """A type in words: "a whole number or None"; of choices the names alone, for None is none."""
     words = {int: "a whole number", float: "a number", str: "text", type(None): "None"}
-    return " or ".join(
-        "one of " + ", ".join(map(str, typing.get_args(part))) if part not in words else words[part]
-        for part in _parts(hint)
-    )
+    choices = [part for part in _parts(hint) if typing.get_origin(part) is typing.Literal]
+    if choices:
+        return "one of " + ", ".join(str(c) for part in choices for c in typing.get_args(part))
+    return " or ".join(words[part] for part in _parts(hint))
 
 
 def used_settings(config: RunConfig) -> dict[str, Any]:

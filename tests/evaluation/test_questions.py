@@ -333,5 +333,5 @@ def test_numbers_to_choose_from_are_read() -> None:
     read = command.read_command([*asked, "1"])
     assert isinstance(read, QuestionConfig)
     assert read.answers_from == 1
-    with pytest.raises(ValueError, match="--answers-from must be one of 0, 1 or None, got '2'"):
+    with pytest.raises(ValueError, match="--answers-from must be one of 0, 1, got '2'"):
         command.read_command([*asked, "2"])

@@ -98,6 +98,18 @@ REFUSED = {
     "negative seed": ([*CLINICAL, "--seed", "-1"], "--seed must be from 0"),
     "share of a share": ([*CLINICAL, "--test-share", "0.25"], "whole number of tenths"),
     "beta 1": ([*CLINICAL, "--optim.beta2", "1"], "--optim.beta2 must be from 0 to below 1"),
+    "clip of a word": (
+        [*CLINICAL, "--optim.clip", "no"],
+        "--optim.clip must be a number or None, got 'no'",
+    ),
+    "no such number format": (
+        [*CLINICAL, "--base-dtype", "float16"],
+        "--base-dtype must be one of float32, bfloat16, int8, got 'float16'; did you mean bfloat16",
+    ),
+    "no such task": (
+        ["--stage", "downstream", "--task", "xyz"],
+        "--task must be one of pmv, mor, los, diag, proc, label, got 'xyz'",
+    ),
     "clip 0": ([*CLINICAL, "--optim.clip", "0"], "--optim.clip must be above 0, or None"),
     "a layer twice": (
         [*CLINICAL, "--lora.target-modules", "q_proj", "q_proj"],
