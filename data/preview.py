@@ -15,6 +15,7 @@ import itertools
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -25,6 +26,8 @@ from data.notes import Note, NoteSource, open_notes
 from data.packing import IGNORED, PIECES_LIMIT, ClassificationNotes, LanguagePieces, PackedBatch
 from data.prompts import PROMPTS, PromptEncoder, split_supervision
 from data.tokenizer import Tokenizer, load_tokenizer
+from data.wording import counted
+from model.config import check_length, read_config
 from model.ending import CommandParser, exit_code
 
 _MOST_NOTES = 1000
@@ -36,7 +39,7 @@ class FirstNotes:
     def __init__(self, source: NoteSource, count: int) -> None:
         self._source, self._count = source, count
         self.group_names = source.group_names
-        self.description = f"the first {count} notes of {source.description}"
+        self.description = f"the first {counted(count, 'note')} of {source.description}"
 
     def __iter__(self) -> Iterator[Note]:
         return itertools.islice(iter(self._source), self._count)
@@ -82,6 +85,9 @@ def main(arguments: Sequence[str]) -> int:
             )
         if not 1 <= given.notes <= _MOST_NOTES:
             raise ValueError(f"--notes must be from 1 to {_MOST_NOTES}, got {given.notes}")
+        max_length = given.max_length or (1024 if given.stage == "instruct" else 512)
+        if (Path(given.model) / "config.json").is_file():  # a tokenizer alone can be previewed too
+            check_length(read_config(Path(given.model)), max_length)
         tokenizer = load_tokenizer(given.model, given.tokenizer_preset)
         columns = (given.text_column, given.label_column, given.patient_column)
         if given.stage == "instruct":
@@ -93,7 +99,7 @@ def main(arguments: Sequence[str]) -> int:
             preview_rows(
                 FirstNotes(rows, given.notes),
                 PromptEncoder(tokenizer, given.prompt_format or "alpaca"),
-                max_length=given.max_length or 1024,
+                max_length=max_length,
                 scores_inputs=given.train_on_inputs,
                 show_text=given.show_text,
             )
@@ -109,7 +115,7 @@ def main(arguments: Sequence[str]) -> int:
             FirstNotes(source, given.notes),
             tokenizer,
             is_language=given.stage == "clinical",
-            max_length=given.max_length or 512,
+            max_length=max_length,
             truncate=given.truncate,
             show_text=given.show_text,
         )
@@ -176,7 +182,7 @@ def preview_rows(
         for number in range(len(cache)):
             row = np.array([number], np.uint32)
             tokens = int(cache.lengths(row)[0])
-            print(f"\nrow {number}: {tokens:,} tokens")
+            print(f"\nrow {number}: {counted(tokens, 'token')}")
             if not len(fitting(cache, row, max_length)):
                 print(f"  left out: more tokens than --max-length {max_length:,}")
                 continue
@@ -216,12 +222,12 @@ def _special(tokenizer: Tokenizer) -> str:
 def _facts(cache: TokenCache, row: int) -> str:
     tokens = int(cache.lengths(np.array([row]))[0])
     if cache.multilabel:
-        label = f"{int(cache.label_matrix(np.array([row])).sum())} labels"
+        label = counted(int(cache.label_matrix(np.array([row])).sum()), "label")
     else:
         code = int(cache.labels[row])
         label = "no label" if code < 0 else f"label {cache.label_names[code]!r}"
     patient = "no patient" if cache.patient_digests is None else "a patient"
-    return f"{tokens:,} tokens, {label}, {patient}"
+    return f"{counted(tokens, 'token')}, {label}, {patient}"
 
 
 def _describe(
@@ -238,7 +244,7 @@ def _describe(
         labels = None if batch.labels is None else batch.labels[begin:end]
         scored = 0 if labels is None else int((labels != IGNORED).sum())
         yield (
-            f"segment {i + 1} of {count}: {size:,} tokens at positions 0 to {size - 1:,}, "
+            f"segment {i + 1} of {count}: {counted(size, 'token')} at positions 0 to {size - 1:,}, "
             + (f"{scored:,} scored" if labels is not None else "its last one is classified")
         )
         kinds = ["note"] * size
@@ -273,7 +279,10 @@ def _say_cut(
 ) -> None:
     if segments.truncated:
         lost = int(cache.lengths(np.array([row]))[0]) + 1 - kept
-        print(f"  truncated: {lost:,} tokens are left out, the {truncate} is kept")
+        print(
+            f"  truncated: {counted(lost, 'token is', 'tokens are')} left out, the {truncate} is "
+            "kept"
+        )
 
 
 def _show(batch: PackedBatch, tokenizer: Tokenizer) -> None:

@@ -306,6 +306,20 @@ def read_decoder_config(folder: Path) -> DecoderConfig:
     return config
 
 
+def check_length(config: ModelConfig, max_length: int, in_front: int = 0) -> None:
+    """Refuse segments that are longer than the positions of a base.
+
+    max_length, in_front: tokens of the longest segment, and places that adapters put before it.
+    """
+    limit = config.max_position_embeddings
+    if max_length + in_front > limit:
+        adapters = f" and the adapters put {in_front} in front of them" if in_front else ""
+        raise ValueError(
+            f"--max-length is {max_length}{adapters}, but the base was made for at most {limit} "
+            "positions (max_position_embeddings)"
+        )
+
+
 def write_config(
     config: ModelConfig,
     folder: Path,

@@ -33,7 +33,13 @@ from model.checkpoint import (
     load_head,
     weights_metadata,
 )
-from model.config import DecoderConfig, EncoderConfig, read_config, read_decoder_config
+from model.config import (
+    DecoderConfig,
+    EncoderConfig,
+    check_length,
+    read_config,
+    read_decoder_config,
+)
 from model.decoder import Decoder, init_weights
 from model.files import check_files, file_digest, folder_digest, open_safetensors
 from model.heads import CausalLM, Classifier, Model
@@ -158,14 +164,9 @@ def load_bare(settings: RunConfig, device: torch.device) -> CausalLM:
 
 def _check_positions(config: RunConfig, model: Model) -> None:
     """Refuse segments that, with what adapters put in front of them, are too long for the base."""
-    network, limit = model.network, model.config.max_position_embeddings
+    network = model.network
     in_front = network.virtual_tokens + network.prefix_tokens if isinstance(network, Decoder) else 0
-    if config.max_length + in_front > limit:
-        adapters = f" and the adapters put {in_front} in front of them" if in_front else ""
-        raise ValueError(
-            f"--max-length is {config.max_length}{adapters}, but the base was made for at most "
-            f"{limit} positions (max_position_embeddings)"
-        )
+    check_length(model.config, config.max_length, in_front)
 
 
 def _check_memory(shape: DecoderConfig, folder: Path) -> None:

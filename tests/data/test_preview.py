@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -89,6 +90,36 @@ def test_bad_input_is_one_line(
     assert main([*given, *flags]) == 2
     shown = capfd.readouterr()
     assert shown.err.count("\n") == 1 and message in shown.err
+
+
+@pytest.mark.parametrize(
+    ("stage", "flags", "found"),
+    [
+        ("clinical", ["--max-length", "65"], 65),
+        ("downstream", [], 512),
+        ("instruct", ["--max-length", "64"], None),
+    ],
+)
+def test_segments_are_as_long_as_the_base_can_take(
+    stage: str,
+    flags: list[str],
+    found: int | None,
+    given: list[str],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    shape = {"model_type": "llama", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 16}
+    shape |= {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    shutil.copy(Path(given[-1]) / "tokenizer.model", tmp_path)
+    notes = given[1]
+    if stage == "instruct":
+        notes = str(tmp_path / "rows.jsonl")
+        Path(notes).write_text(json.dumps({"instruction": "a", "input": "", "output": "b"}) + "\n")
+    words = ["--data", notes, "--model", str(tmp_path), "--stage", stage, *flags]
+    assert main(words) == (0 if found is None else 2)
+    said = capfd.readouterr().err
+    assert (f"--max-length is {found}, but the base was made for at most 64" in said) == bool(found)
 
 
 # Instruction rows ---------------------------------------------------------------------------------
