@@ -28,6 +28,7 @@ import numpy as np
 
 from data.notes import CohortNotes, Note, NoteSource
 from data.tokenizer import token_dtype
+from data.wording import counted
 from data.worker import EncodedTexts, TextEncoder, Worker, encode_texts
 
 FORMAT = 4
@@ -98,8 +99,8 @@ class TokenCache:
         missing = int((codes < 0).sum())
         if missing:
             raise ValueError(
-                f"{self.description}: {missing} of {len(notes)} notes have no label; fill the "
-                f"label column, or drop these rows"
+                f"{self.description}: {missing:,} of {counted(len(notes), 'note')} without a "
+                "label; fill the label column, or drop such rows"
             )
         if names is None:
             return codes
@@ -109,8 +110,9 @@ class TokenCache:
         unknown = int((codes < 0).sum())
         if unknown:
             raise ValueError(
-                f"{self.description}: {unknown} of {len(notes)} notes have a label that is none "
-                f"of the {len(names)} known ones; correct the labels, or train on them too"
+                f"{self.description}: {unknown:,} of {counted(len(notes), 'note')} with a label "
+                f"that is none of the {len(names)} known ones; correct the labels, or train on "
+                "them too"
             )
         return codes
 

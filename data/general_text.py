@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.hospital_words import TERMS
+from data.wording import counted
 
 PEOPLE = (
     "Anna", "Ben", "Carla", "David", "Elena", "Frank", "Grace", "Henry", "Irene", "Jack", "Kate",
@@ -470,7 +471,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {arguments.documents} texts to {folder}")
+    print(f"wrote {counted(arguments.documents, 'text')} to {folder}")
     return 0
 
 

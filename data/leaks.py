@@ -31,6 +31,7 @@ from data.cache import digest
 from data.mimic import TASKS, open_mimic
 from data.notes import NoteSource, open_notes
 from data.splits import split_notes, write_exclusions
+from data.wording import counted
 
 SHINGLE_WORDS = 6
 SHARE = 0.35  # of the shingles of the shorter note; the borders of sections cost some
@@ -151,7 +152,7 @@ def find_leaks(
             digests.add(digest(note.text))
         if time.monotonic() - told > SAY_EVERY:
             told = time.monotonic()
-            print(f"compared {count:,} notes", file=sys.stderr, flush=True)
+            print(f"compared {counted(count, 'note')}", file=sys.stderr, flush=True)
     return Leaks(
         count,
         len(test),
@@ -217,15 +218,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             leaked |= leaks.digests
             print(
-                f"{task}: {leaks.test_notes:,} test notes of {leaks.test_patients:,} patients "
-                f"against {leaks.corpus_notes:,} notes\n"
-                f"  by patient: {leaks.same_patient:,} notes of the corpus are of test patients\n"
-                f"  by text: {leaks.same_text:,} notes of the corpus share text with "
-                f"{leaks.told_notes:,} test notes"
+                f"{task}: {counted(leaks.test_notes, 'test note')} of "
+                f"{counted(leaks.test_patients, 'patient')} against "
+                f"{counted(leaks.corpus_notes, 'note')}\n"
+                f"  by patient: {leaks.same_patient:,} of the corpus's notes belong to test "
+                "patients\n"
+                f"  by text: {leaks.same_text:,} of the corpus's notes share text with "
+                f"{counted(leaks.told_notes, 'test note')}"
             )
         if arguments.write is not None:
             write_exclusions(arguments.write, leaked)
-            print(f"{arguments.write} lists {len(leaked):,} texts for train.py --exclude")
+            print(f"{arguments.write} lists {counted(len(leaked), 'text')} for train.py --exclude")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

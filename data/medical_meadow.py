@@ -29,6 +29,7 @@ from data.conversations import BadRows
 from data.instruction_sources import SOURCES, Instruction, read_source
 from data.overlap import TestQuestions
 from data.questions import QuestionSet, QuestionSetName, read_questions
+from data.wording import counted
 from model.ending import CommandParser, exit_code
 from model.files import file_digest, write_json, write_whole
 
@@ -138,7 +139,7 @@ def _sample(
     for read, record in enumerate(read_source(name, path, bad_rows), 1):
         if time.monotonic() - spoke > _SAY_EVERY:
             spoke = time.monotonic()
-            say(f"{name}: {read:,} records read")
+            say(f"{name}: {counted(read, 'record')} read")
         if record.row is None:
             if record.is_fault and bad_rows == "refuse":
                 raise ValueError(
@@ -298,7 +299,10 @@ def main(arguments: Sequence[str]) -> int:
         write_json(manifest_path(given.out), manifest)
         for line in summary(manifest):
             print(line)
-        print(f"{given.out} has {len(mixed.rows):,} rows; {manifest_path(given.out)} says of what")
+        print(
+            f"{given.out} has {counted(len(mixed.rows), 'row')}; "
+            f"{manifest_path(given.out)} says of what"
+        )
 
     return exit_code(
         "data.medical_meadow",
@@ -313,7 +317,9 @@ def summary(manifest: Mapping[str, Any]) -> list[str]:
     """What the manifest says, as lines for people."""
     lines = []
     for one in manifest["sources"]:
-        lines.append(f"{one['name']}: {one['kept']:,} kept of {one['read']:,} records read")
+        lines.append(
+            f"{one['name']}: {one['kept']:,} kept of {counted(one['read'], 'record')} read"
+        )
         lines += [f"  {count:,} {reason}" for reason, count in one["dropped"].items()]
         if manifest["keep_overlap"] and one["hold_a_test_question"]:
             lines.append(f"  {one['hold_a_test_question']:,} {OVERLAP} are among those kept")
@@ -322,8 +328,8 @@ def summary(manifest: Mapping[str, Any]) -> list[str]:
             lines.append(f"  published counts: {said}; {one['usable']:,} usable here")
     for one in manifest["test_sets"]:
         lines.append(
-            f"test set {one['name']}: {one['held_by_rows']:,} of {one['questions']:,} questions "
-            "stand in rows"
+            f"test set {one['name']}: rows hold {one['held_by_rows']:,} of "
+            f"{counted(one['questions'], 'question')}"
         )
     return lines
 

@@ -20,6 +20,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from data.wording import counted
+
 LINE_LIMIT = 1 << 26  # bytes in a line, characters in a field: far above any note, far below memory
 # A gzip file that unpacks to more than BOMB_BYTES and BOMB_RATIO times its size is not notes: text
 # packs five times, a table of repeated templates some fifty times, and a bomb a thousand times.
@@ -338,7 +340,7 @@ def _open_folder(folder: Path, columns: Columns, text_column: str | None) -> Not
             f"folder; name a table itself, or a folder with notes as .txt files"
         )
     _refuse_columns(folder, columns.label, columns.patient, text_column, *columns.groups)
-    return TextFiles(files, f"{folder}, {len(files)} text files")
+    return TextFiles(files, f"{folder}, {counted(len(files), 'text file')}")
 
 
 def _refuse_columns(path: Path, *columns: str | None) -> None:
@@ -369,8 +371,8 @@ def _check_columns(path: Path, header: list[str], columns: Columns) -> None:
         hint = f"; the nearest is {folded[near[0]]!r}" if near else ""
         flag = f"--{role}-column{'s' if role == 'subgroup' else ''}"
         raise ValueError(
-            f"{path}: no {role} column {name!r} among its {len(header)} columns{hint}; name it "
-            f"with {flag} (the first line must be the header)"
+            f"{path}: no {role} column {name!r} among its {counted(len(header), 'column')}{hint}; "
+            f"name it with {flag} (the first line must be the header)"
         )
     if len(set(columns.named())) != len(columns.named()):
         raise ValueError(f"{path}: one column is named for two purposes; name a column for each")

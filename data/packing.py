@@ -16,6 +16,7 @@ import numpy as np
 
 from data.cache import TokenCache
 from data.joined import JoinedCache
+from data.wording import counted
 
 IGNORED = -100  # label of a token that is not scored
 PIECES_LIMIT = 1 << 20  # of a note: sample ids are note row * 2**20 + piece
@@ -178,8 +179,8 @@ class ClassificationNotes:
         self.truncated = int((lengths > room).sum())
         if bos_id is None and len(notes) and lengths.min() == 0:
             raise ValueError(
-                f"{int((lengths == 0).sum())} notes are empty, and this tokenizer has no BOS to "
-                f"stand for them; drop these notes"
+                f"{counted(int((lengths == 0).sum()), 'note is', 'notes are')} empty, and this "
+                "tokenizer has no BOS to stand in such a place; drop empty notes"
             )
 
     def __len__(self) -> int:

@@ -19,6 +19,8 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any, Literal
 
+from data.wording import counted
+
 QuestionSetName = Literal["medqa", "medmcqa", "pubmedqa", "mmlu", "usmle"]
 BadRows = Literal["refuse", "skip"]
 
@@ -237,11 +239,14 @@ def _question(
         raise BadRow("missing field", "an option is not text")
     kept = [i for i, option in enumerate(options) if option is not None and option.strip()]
     if len(kept) < 2:
-        raise BadRow("missing field", f"{len(kept)} options; at least 2")
+        raise BadRow("missing field", f"{counted(len(kept), 'option')}; at least 2")
     if len(options) > len(LETTERS):
         raise BadRow("too many options", f"{len(options)}; at most {len(LETTERS)}")
     if answer is None or answer not in kept:
-        raise BadRow("answer not among the options", f"{len(kept)} options have text")
+        raise BadRow(
+            "answer not among the options",
+            f"{counted(len(kept), 'option has', 'options have')} text",
+        )
     if not isinstance(id, str | int | None):
         raise BadRow("missing field", "the id is neither text nor a number")
     return Question(
@@ -361,7 +366,9 @@ def _mmlu(row: Any, subject: str) -> Question:
     """A line of question, options and letter, or an object with an answer from 0 or a letter."""
     if isinstance(row, list):
         if len(row) < 4:
-            raise BadRow("missing field", f"{len(row)} columns; a question, options and a letter")
+            raise BadRow(
+                "missing field", f"{counted(len(row), 'column')}; a question, options and a letter"
+            )
         return _question(None, row[0], row[1:-1], _letter(row[-1]), subject=subject)
     options = _field(row, "choices")
     if not isinstance(options, list):

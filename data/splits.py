@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from data.cache import digest
+from data.wording import counted
 
 TRAIN, VALIDATION, TEST = 0, 1, 2
 LIST_LIMIT = 1 << 30  # bytes of a list, which is read whole
@@ -239,7 +240,8 @@ def _listed_use(cache: Digests, folder: Path) -> np.ndarray:
         both = int(_contained(patients[first], patients[second]).sum())
         if both:
             raise ValueError(
-                f"{folder}: {both} patients are both in {_LIST_FILES[first][0]} and in "
+                f"{folder}: {counted(both, 'patient is', 'patients are')} both in "
+                f"{_LIST_FILES[first][0]} and in "
                 f"{_LIST_FILES[second][0]}; a patient may be in one list only"
             )
     use = np.full(len(cache), UNLISTED, np.uint8)

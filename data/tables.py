@@ -25,6 +25,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from data.wording import counted
+
 # The columns of MIMIC-III v1.4, in their order.
 COLUMNS = {
     "ADMISSIONS": (
@@ -152,8 +154,8 @@ class Table(NamedTuple):
         (count,) = connection.execute(f"SELECT count(*) FROM {rows} WHERE {condition}").fetchone()
         if count:
             raise ValueError(
-                f"{self.path}: {problem} ({count} times); export the table again, every column as "
-                "text"
+                f"{self.path}: {problem} ({counted(count, 'time')}); export the table again, "
+                "every column as text"
             )
 
     @contextlib.contextmanager

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 
 from data.prompts import PROMPTS, PromptEncoder, PromptName, Turn
 from data.tokenizer import Tokenizer, load_tokenizer
+from data.wording import counted
 from model.ending import CommandParser, exit_code
 from model.generation import GenerationConfig, stream
 from model.heads import CausalLM
@@ -84,15 +85,18 @@ class Conversation:
                 break
             if len(turns) == 1:
                 raise ValueError(
-                    f"that has {len(ids):,} tokens with its prompt, and {room:,} have room; make "
-                    "it shorter"
+                    f"that has {counted(len(ids), 'token')} with its prompt, and there is room "
+                    f"for {room:,}; make it shorter"
                 )
             turns = turns[2:]
         dropped = (len(self._turns) + 1 - len(turns)) // 2
         self._turns = turns
         if not dropped:
             return ids, None
-        return ids, f"the first {dropped} of the questions no longer fit, and are forgotten"
+        return (
+            ids,
+            f"no longer fits and is forgotten: the beginning, {counted(dropped, 'question')}",
+        )
 
     def take(self, answer: str, *, has_ended: bool) -> str | None:
         if not answer.strip():
@@ -118,7 +122,7 @@ class PlainText:
         left_out = len(begin) + len(ids) - room
         if left_out <= 0:
             return begin + ids, None
-        told = f"the first {left_out:,} tokens of the text no longer fit, and are not seen"
+        told = f"no longer fits and is not seen: the beginning, {counted(left_out, 'token')}"
         return begin + ids[left_out:], told
 
     def take(self, answer: str, *, has_ended: bool) -> str | None:

@@ -20,6 +20,7 @@ from scipy.special import logit
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from data.wording import counted
 from evaluation.bootstrap import (
     SURE,
     Floats,
@@ -347,7 +348,7 @@ def check_scored(labels: NDArray[Any], logits: NDArray[Any], label_names: Sequen
         raise ValueError("there is no labelled note to score: name other data or another split")
     if not np.isfinite(logits).all():
         bad = int((~np.isfinite(logits)).any(axis=1).sum())
-        raise ValueError(f"the scores of {bad} of {len(logits)} notes are not finite")
+        raise ValueError(f"not finite: the scores of {bad} of {counted(len(logits), 'note')}")
     highest = 1 if labels.ndim == 2 else logits.shape[1] - 1
     if labels.min() < 0 or labels.max() > highest:
         raise ValueError(

@@ -8,6 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from data.wording import counted
 from evaluation.page import (
     flattened,
     interval_text,
@@ -75,7 +76,7 @@ def _summary(results: Mapping[str, Any]) -> str:
     )
     return (
         f"<h1>{escape(_title(results))}</h1>\n"
-        f'<p class="source">{results["n"]:,} questions, strategy '
+        f'<p class="source">{counted(results["n"], "question")}, strategy '
         f"{escape(_named(results))}.</p>\n"
         '<ul class="headlines">' + "".join(items) + "</ul>"
     )

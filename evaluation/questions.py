@@ -30,6 +30,7 @@ from data.questions import (
     read_questions,
 )
 from data.tokenizer import load_tokenizer
+from data.wording import counted
 from evaluation.answering import Answerer, ModelAnswerer
 from evaluation.bootstrap import Floats, intervals
 from evaluation.demonstrations import gather_demonstrations
@@ -191,7 +192,8 @@ def check_solved(config: QuestionConfig, found: QuestionSet, solved: QuestionSet
     """Raises ValueError where the solved questions are too few, or shown ones are asked."""
     if len(solved.questions) < config.shots:
         raise ValueError(
-            f"--shots {config.shots}: {config.shots_data} has {len(solved.questions)} questions"
+            f"--shots {config.shots}: {config.shots_data} has "
+            f"{counted(len(solved.questions), 'question')}"
         )
     if not STRATEGIES[config.prompt].finds_nearest:
         shown = {question.stem for question in solved.questions[: config.shots]}
@@ -453,11 +455,12 @@ def question_summary(results: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"rationales: {rationales['rationales_kept']:,} of "
             f"{rationales['rationales_tried']:,} ended in the answer, of "
-            f"{rationales['with_rationale']:,} of {rationales['solved_questions']:,} questions"
+            f"{rationales['with_rationale']:,} of "
+            f"{counted(rationales['solved_questions'], 'question')}"
         )
     for step, published in (results["published_counts"] or {}).items():
         if (scored := results["counts"].get(f"{step} questions")) is not None:
-            yield f"{step}: {scored:,} questions (the paper counts {published:,})"
+            yield f"{step}: {counted(scored, 'question')} (the paper counts {published:,})"
     for name, count in (("unanswered", "unanswered"), ("shortened prompts", "shortened_prompts")):
         if results[count]:
             yield f"{name}: {results[count]:,}"

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from data.mimic import LABEL_TITLES, TITLES
+from data.wording import counted
 from evaluation.figures import UNIT_TICKS, Axis, Line, chart
 from evaluation.page import (
     charts,
@@ -137,7 +138,8 @@ def seen_warning(results: Mapping[str, Any]) -> str | None:
         return "the run's own notes are gone, so nobody knows whether it was trained on these"
     by = {"text": "the text", "patient": "the patient"}
     told = [
-        f"{count:,} of {results['n']:,} notes have {by[name]} of a note that the run was trained on"
+        f"{count:,} of {counted(results['n'], 'note')} with {by[name]} of a note that the run was "
+        "trained on"
         for name, count in seen.items()
         if count
     ]
@@ -161,20 +163,20 @@ def label_titles(task: str | None, label_names: Sequence[str]) -> list[str]:
 
 def _summary(results: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     split = {
-        "test": ("test notes", "which the run was neither trained nor tuned on"),
-        "validation": ("validation notes", "by which the run's weights were chosen"),
-        "train": ("training notes", "which the run knows"),
-        "all": ("notes", "which are not the run's own"),
+        "test": ("test note", "which the run was neither trained nor tuned on"),
+        "validation": ("validation note", "by which the run's weights were chosen"),
+        "train": ("training note", "which the run knows"),
+        "all": ("note", "which are not the run's own"),
     }[results["split"]]
     clusters = outcome = ""
     if results.get("clusters_are") == "patients":
-        clusters = f" of {results['clusters']:,} patients"
+        clusters = f" of {counted(results['clusters'], 'patient')}"
     if "positives" in results:
         _, name = label_titles(record["config"]["task"], record["labels"])
-        outcome = f'The outcome is "{name}", in {results["positives"]:,} notes. '
+        outcome = f'The outcome is "{name}", in {counted(results["positives"], "note")}. '
     parts = [
         f"<h1>{escape(_title(record))}</h1>",
-        f'<p class="source">{results["n"]:,} {split[0]}{clusters}, {split[1]}. '
+        f'<p class="source">{counted(results["n"], split[0])}{clusters}, {split[1]}. '
         f"{escape(outcome)}Data: {escape(results['data'])}.</p>",
     ]
     if (warning := seen_warning(results)) is not None:
@@ -213,7 +215,7 @@ def _perplexity(results: Mapping[str, Any]) -> str:
     return section(
         "Perplexity",
         "How surprised the model is by a token of the notes, on average: 1 is never. It is the "
-        f"exponential of the mean loss over {results['tokens']:,} tokens, every token once.",
+        f"exponential of the mean loss over {counted(results['tokens'], 'token')}, each once.",
         table("Perplexity", ["notes", "tokens", "this run", "base alone"], rows),
     )
 
@@ -279,12 +281,12 @@ def _calibration(results: Mapping[str, Any]) -> str:
         told += (
             "validation notes were not scored."
             if found["validation_notes"] is None
-            else f"the {found['validation_notes']:,} validation notes do not tell one."
+            else f"none can be told from {counted(found['validation_notes'], 'validation note')}."
         )
     else:
         told = (
             f"Dividing the model's logits by {temperature:.3f}, a temperature fitted on "
-            f"{found['validation_notes']:,} validation notes, gives the second "
+            f"{counted(found['validation_notes'], 'validation note')}, gives the second "
             "column; predictions.csv holds the probabilities as they are."
         )
     names = (

@@ -30,6 +30,7 @@ from data.mimic import MULTILABEL_TASKS, TASKS, AdmissionNotes
 from data.notes import NoteSource, open_notes
 from data.packing import ClassificationNotes
 from data.splits import patient_groups, shared_notes
+from data.wording import counted
 from evaluation.calibration import calibration, fit_temperature
 from evaluation.metrics import (
     HEADLINES,
@@ -176,8 +177,8 @@ def score_run(config: ScoreConfig) -> dict[str, Any]:
 
 def summary(results: dict[str, Any]) -> Iterator[str]:
     """The results as lines for people."""
-    of = "notes of the " + results["split"] + " split" if results["split"] != "all" else "notes"
-    yield f"{results['data']}: {results['n']:,} {of}"
+    of = f" of the {results['split']} split" if results["split"] != "all" else ""
+    yield f"{results['data']}: {counted(results['n'], 'note')}{of}"
     if "predictions" in results:
         yield f"predictions are in {results['predictions']}"
     if (warning := seen_warning(results)) is not None:
@@ -217,7 +218,7 @@ def summary(results: dict[str, Any]) -> Iterator[str]:
 def _perplexity_in_words(of: dict[str, Any]) -> str:
     base = of["perplexity_base"]
     alone = "" if base is None else f"; the base alone {base:.4f}"
-    return f"perplexity {of['perplexity']:.4f} over {of['tokens']:,} tokens{alone}"
+    return f"perplexity {of['perplexity']:.4f} over {counted(of['tokens'], 'token')}{alone}"
 
 
 def _with_interval(value: float | None, interval: list[float] | None) -> str:

@@ -415,11 +415,11 @@ TABLES: dict[str, tuple[str, Callable[[str], str | bytes], str]] = {
     "header alone": ("n.csv", lambda t: t.split("\n", 1)[0] + "\n", "no notes in it"),
     "blank lines": ("n.csv", lambda t: "\n" * 9, "the file is empty"),
     "nothing": ("n.csv", lambda t: "", "the file is empty"),
-    "one note": ("n.csv", lambda t: "text,patient,label\n" + ROW, "different labels"),
-    "one class": ("n.csv", lambda t: t.replace(",no\n", ",yes\n"), "has 1 different labels"),
+    "one note": ("n.csv", lambda t: "text,patient,label\n" + ROW, "has 1 label in 1 note; a"),
+    "one class": ("n.csv", lambda t: t.replace(",no\n", ",yes\n"), "has 1 label in"),
     "no labels": ("n.csv", lambda t: t.replace(",no\n", ",\n").replace(",yes\n", ",\n"), "has 0"),
-    "a note without": ("n.csv", lambda t: t + ROW.replace("yes", ""), "have no label"),
-    "a class of none": ("n.csv", lambda t: t + ROW.replace("9,yes", "1,maybe"), "no note in the"),
+    "a note without": ("n.csv", lambda t: t + ROW.replace("yes", ""), "without a label"),
+    "a class of none": ("n.csv", lambda t: t + ROW.replace("9,yes", "1,maybe"), "without a note"),
     "texts for labels": ("n.csv", lambda t: t + ROW.replace("yes", ROW[:-1] * 9), "n.csv"),
     "a long label": (
         "n.csv",
@@ -517,7 +517,7 @@ THIRDS = {"train": ids(*range(20)), "validation": ids(*range(20, 30)), "test": i
 LISTS: dict[str, tuple[dict[str, str | bytes | None], str]] = {
     "one missing": ({"test": None}, "none of test.csv"),
     "one twice": ({"val": ids(20)}, "more than one of"),
-    "patient in two": ({"test": ids(3, 30)}, "1 patients are both in train.csv and in test.csv"),
+    "patient in two": ({"test": ids(3, 30)}, "1 patient is both in train.csv and in test.csv"),
     "of other notes": ({"train": ids(99), "validation": ids(98), "test": ids(97)}, "none of the"),
     "nobody trains": ({"train": "patient\n"}, "no note"),
     "empty": ({"train": ""}, "an empty file"),
@@ -763,7 +763,7 @@ def test_heads(case: str, place: Place, refuse: Refuse) -> None:
 
 def test_other_notes_than_the_run_can_answer(place: Place, refuse: Refuse) -> None:
     path = place.root / "other.csv"
-    for label, message in (("maybe", "none of the 2 known ones"), ("", "no label")):
+    for label, message in (("maybe", "none of the 2 known ones"), ("", "without a label")):
         path.write_text("text,patient,label\n" + ROW.replace("yes", label))
         refuse(place.score("--data", str(path)), message, command=eval_command)
 

@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from data.packing import PackedBatch
+from data.wording import counted
 from lora.attach import adapter_names, adapter_parameters
 from model.activations import recomputes_blocks
 from model.heads import Classifier, Model
@@ -194,16 +195,18 @@ def describe(plan: Plan, ranks: Ranks) -> str:
         *(f"        {line}" for line in _trained_parts(plan.model)),
         f"notes:  {counts['train_notes']:,} train, {counts['validation_notes']:,} validate, "
         f"{counts['test_notes']:,} test ({plan.notes.splits.rule})",
-        f"        {counts['validation_notes_left_out'] + counts['test_notes_left_out']:,} held-out "
-        "ones are left out, whose text is also in training",
+        f"        {counts['validation_notes_left_out'] + counts['test_notes_left_out']:,} left out "
+        "of what is held out: the text is also in training",
         f"length: of a note in tokens: {quantiles}",
         f"        --max-length {config.max_length}: {how_cut(config, plan.train_set)}",
         *(f"        left out: {count:,} with {why}" for why, count in counts["left_out"].items()),
         *(line for source in plan.notes.sources for line in _of_source(plan, source)),
-        f"epoch:  {_one_epoch(plan)}{int(plan.train_set.lengths(plan.first_epoch).sum()):,} "
-        f"tokens in {len(plan.first_epoch):,} segments, {plan.steps_per_epoch:,} steps",
-        f"run:    {plan.total_steps:,} steps, "
-        f"{plan.total_steps / plan.steps_per_epoch:.2f} epochs; {work.validations} validations"
+        f"epoch:  {_one_epoch(plan)}"
+        f"{counted(int(plan.train_set.lengths(plan.first_epoch).sum()), 'token')} in "
+        f"{counted(len(plan.first_epoch), 'segment')}, {counted(plan.steps_per_epoch, 'step')}",
+        f"run:    {counted(plan.total_steps, 'step')}, "
+        f"{plan.total_steps / plan.steps_per_epoch:.2f} epochs; "
+        f"{counted(work.validations, 'validation')}"
         + ("" if config.patience is None else f", fewer if {config.patience} are not better"),
         f"memory: {_bytes(need.total)} at the peak{each}; {_available(device)}",
         f"        program {_bytes(need.program)}, weights {_bytes(need.weights)}, optimiser "
@@ -231,10 +234,11 @@ def _of_source(plan: Plan, source: SourceNotes) -> Iterator[str]:
     counts, drawn = plan.notes.source_counts(source), plan.drawn[source.name]
     yield (
         f"source: {source.name}, {source.share:.1%} of the tokens drawn; "
-        f"{counts['train_notes']:,} train ({counts['train_tokens']:,} tokens), "
+        f"{counts['train_notes']:,} train ({counted(counts['train_tokens'], 'token')}), "
         f"{counts['validation_notes']:,} validate, {counts['test_notes']:,} test"
     )
-    yield f"        the run draws {drawn['tokens']:,} tokens of it, {drawn['epochs']:.2f} epochs"
+    tokens = counted(drawn["tokens"], "token")
+    yield f"        the run draws {tokens} of it, {drawn['epochs']:.2f} epochs"
 
 
 def _trained_parts(model: Model) -> list[str]:

@@ -26,6 +26,7 @@ from data.sources import Source
 from data.splits import Splits, join_splits, split_notes
 from data.synthetic import make_cohort
 from data.tokenizer import Tokenizer, load_tokenizer
+from data.wording import counted
 from data.worker import TextEncoder
 from training.config import RunConfig
 from training.stages import SYNTHETIC_COHORT
@@ -215,8 +216,8 @@ def load_notes(config: RunConfig, tokenizer: Tokenizer | None = None) -> Notes:
         label_names = tuple(np.array(label_names, object)[counts > 0])
     if config.stage == "downstream" and len(label_names) < 2:
         raise ValueError(
-            f"{config.data} has {len(label_names)} different labels in {len(cache):,} notes; a "
-            "classifier needs at least 2"
+            f"{config.data} has {counted(len(label_names), 'label')} in "
+            f"{counted(len(cache), 'note')}; a classifier needs at least 2 different ones"
         )
     return Notes(tokenizer, cache, splits, label_names, source.fingerprint(), left_out)
 

@@ -119,7 +119,7 @@ def balanced_class_weights(counts: np.ndarray) -> np.ndarray:
     """
     if (counts == 0).any():
         raise ValueError(
-            f"{int((counts == 0).sum())} of {len(counts)} classes have no note in the training "
-            "part; leave their notes out, or split the data differently"
+            f"{int((counts == 0).sum())} of {len(counts)} classes without a note in the training "
+            "part; leave out what notes they have, or split the data differently"
         )
     return counts.sum() / (len(counts) * counts)

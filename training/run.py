@@ -24,6 +24,7 @@ from data.cache import TokenCache
 from data.loader import Loader
 from data.order import Share
 from data.packing import ClassificationNotes
+from data.wording import counted
 from lora.attach import adapter_names
 from lora.peft_format import save_adapter
 from model.activations import recomputes_blocks
@@ -187,11 +188,13 @@ def _run(
                 if loop.is_out_of_patience:
                     progress.say(
                         f"stopped after step {loop.position.step} of {total_steps}: "
-                        f"{config.patience} validations in a row were not better (--patience)"
+                        f"{counted(config.patience or 0, 'validation')} in a row without a better "
+                        "one (--patience)"
                     )
                 for name, of in drawn.items():
                     progress.say(
-                        f"source {name}: {of['tokens']:,} tokens drawn, {of['epochs']:.2f} epochs"
+                        f"source {name}: {counted(of['tokens'], 'token')} drawn, "
+                        f"{of['epochs']:.2f} epochs"
                     )
                 progress.say(_farewell(out, kept_step, loop.position.step, best))
     return out
@@ -270,7 +273,7 @@ def count_steps(config: RunConfig, loader: Loader) -> int:
     if (config.optim.warmup_steps or 0) > total:
         raise ValueError(
             f"--optim.warmup-steps is {config.optim.warmup_steps}, but --epochs {config.epochs:g} "
-            f"are only {total} steps"
+            f"are only {counted(total, 'step')}"
         )
     return total
 
@@ -404,7 +407,7 @@ def _introduce(
     for source in record["sources"]:
         progress.say(
             f"source {source['name']}: {source['share']:.1%} of the tokens drawn; "
-            f"{source['train_notes']:,} train ({source['train_tokens']:,} tokens), "
+            f"{source['train_notes']:,} train ({counted(source['train_tokens'], 'token')}), "
             f"{source['validation_notes']:,} validate, {source['test_notes']:,} test"
         )
     for reason, count in counts["cohort"].items():
@@ -413,7 +416,7 @@ def _introduce(
         progress.say(f"notes: {counts['excluded_notes']:,} left out, listed by {config.exclude}")
     left_out = counts["validation_notes_left_out"] + counts["test_notes_left_out"]
     if left_out:
-        progress.say(f"notes: {left_out:,} held-out ones left out, whose text is also in training")
+        progress.say(f"notes: {left_out:,} left out of what is held out: in training, too, by text")
     quantiles = "  ".join(f"{name} {value:,}" for name, value in counts["note_length"].items())
     for why, count in counts["left_out"].items():
         progress.say(f"left out: {count:,} with {why}")
@@ -431,7 +434,7 @@ def _farewell(out: Path, kept_step: int, last_step: int, best: Mapping[str, Any]
         why = f"the best validation {metric}: {best['metrics'][metric]:.4f}"
     else:
         why = "as --keep last asks"
-    which = "the last step" if kept_step == last_step else f"of {last_step} steps"
+    which = "the last step" if kept_step == last_step else f"of {counted(last_step, 'step')}"
     return f"done: {out} holds the weights of step {kept_step}, {which} ({why})"
 
 

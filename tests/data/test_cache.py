@@ -144,9 +144,9 @@ def test_labels_are_numbered_by_value_then_name(make_cache) -> None:
     rows = np.array([0, 1, 3], np.uint32)
     assert cache.label_codes(rows).tolist() == [2, 4, 1]
     assert cache.label_codes(rows, ["9", "10", "b"]).tolist() == [1, 2, 0]
-    with pytest.raises(ValueError, match="1 of 7 notes have no label"):
+    with pytest.raises(ValueError, match="1 of 7 notes without a label"):
         cache.label_codes(np.arange(7))
-    with pytest.raises(ValueError, match="2 of 3 notes have a label that is none of the 1 known"):
+    with pytest.raises(ValueError, match="2 of 3 notes with a label that is none of the 1 known"):
         cache.label_codes(rows, ["9"])
 
 

@@ -58,8 +58,8 @@ def test_a_planted_leak_is_found_and_removed(
     arguments = ["--corpus", str(corpus), "--patient-column", "patient", "--write", str(found)]
     assert leaks.main([*arguments, "--data", str(cohort / "mimic-iii")]) == 0
     shown = capsys.readouterr().out
-    assert "by patient: 1 notes" in shown
-    assert "by text: 5 notes of the corpus share text with" in shown
+    assert "by patient: 1 of the corpus's notes" in shown
+    assert "by text: 5 of the corpus's notes share text with" in shown
     assert not any(row["SUBJECT_ID"] in found.read_text() for row in known)
 
     notes = open_notes(corpus, patient_column="patient")

@@ -382,7 +382,7 @@ def test_planted_overlaps_are_found_and_removed_and_near_misses_kept(
     assert (first["hold_a_test_question"], second["hold_a_test_question"]) == (6, 0)
     found = [(one["name"], one["questions"], one["held_by_rows"]) for one in manifest["test_sets"]]
     assert found == [("medqa", 3, 3), ("usmle", 1, 1)]
-    assert "test set medqa: 3 of 3 questions stand in rows" in capfd.readouterr().out
+    assert "test set medqa: rows hold 3 of 3 questions" in capfd.readouterr().out
     # Only reported, where that is asked for.
     rows, manifest = mix(*ask, "--keep-overlap", "--test-sets", *sets, out="kept.json")
     assert len(rows) == 42 and manifest["sources"][0]["hold_a_test_question"] == 6

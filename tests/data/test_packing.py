@@ -166,7 +166,7 @@ def test_several_labels_a_note(make_cache) -> None:
             {"max_length": 4, "bos_id": 1, "truncate": "middle"},
             "allowed: head",
         ),
-        (ClassificationNotes, {"max_length": 4, "bos_id": None}, "1 notes are empty"),
+        (ClassificationNotes, {"max_length": 4, "bos_id": None}, "1 note is empty"),
         (
             ClassificationNotes,
             {"max_length": 4, "bos_id": 1, "targets": np.zeros(3, np.int64)},

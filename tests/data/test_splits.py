@@ -103,8 +103,8 @@ BAD_LISTS = {
     "no header": ({"test": "70031\n3\n"}, "not a header"),
     "no header over words": ({"test": "P-70031\n3\n"}, "not a header"),
     "an open quote": ({"test": 'id\n"3\n'}, "not CSV in UTF-8"),
-    "a patient in two lists": ({"test": "id\n1\n3\n"}, "1 patients are both in train.csv and"),
-    "held-out lists overlap": ({"test": "id\n2\n3\n"}, "1 patients are both in validation.csv and"),
+    "a patient in two lists": ({"test": "id\n1\n3\n"}, "1 patient is both in train.csv and"),
+    "held-out lists overlap": ({"test": "id\n2\n3\n"}, "1 patient is both in validation.csv and"),
     "other identifiers": (
         {"train": "id\na\n", "validation": "id\nb\n", "test": "id\nc\n"},
         "none of",

@@ -151,7 +151,7 @@ def test_the_oldest_turns_are_dropped_aloud_and_the_system_stays() -> None:
     text = "".join(chr(id) for id in ids[1:])
     assert text == "[INST] system\n\ntwo [/INST]"
     talk.take("answer two", has_ended=True)
-    with pytest.raises(ValueError, match="50 have room"):
+    with pytest.raises(ValueError, match="room for 50"):
         talk.ask("x" * 60, 50)  # and is not taken in
     whole = "".join(chr(id) for id in talk.ask("three", 100)[0][1:])
     assert whole == "[INST] system\n\ntwo [/INST] answer two\x02[INST] three [/INST]"

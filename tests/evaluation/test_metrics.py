@@ -286,7 +286,7 @@ def test_areas_equal_scikit_learn_however_scores_tie(rows: list[tuple[bool, floa
 @pytest.mark.parametrize(
     ("labels", "logits", "message"),
     [
-        ([0, 1], [[0.0, np.nan], [0.0, 1.0]], "1 of 2 notes are not finite"),
+        ([0, 1], [[0.0, np.nan], [0.0, 1.0]], "not finite: the scores of 1 of 2 notes"),
         ([0, 2], [[0.0, 1.0], [0.0, 1.0]], "between 0 and 1"),
         ([0, -1], [[0.0, 1.0], [0.0, 1.0]], "between 0 and 1"),
         ([0, 1], [[0.0, 1.0]], r"must be \[2, 2\]"),

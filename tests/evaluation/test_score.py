@@ -201,7 +201,7 @@ def test_training_notes_that_come_as_other_data_are_told(
     assert results["seen_in_training"] == {"text": train, "patient": train}
     warnings = [line for line in summary(results) if line.startswith("warning: ")]
     assert len(warnings) == 1
-    assert f"{train} of {results['n']} notes have the text" in warnings[0]
+    assert f"{train} of {results['n']} notes with the text" in warnings[0]
 
 
 def test_columns_that_are_typed_must_be_there(downstream_run: Path, tmp_path: Path) -> None:
