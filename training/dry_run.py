@@ -237,7 +237,7 @@ def _of_source(plan: Plan, source: SourceNotes) -> Iterator[str]:
         f"{counts['train_notes']:,} train ({counted(counts['train_tokens'], 'token')}), "
         f"{counts['validation_notes']:,} validate, {counts['test_notes']:,} test"
     )
-    tokens = counted(drawn["tokens"], "token")
+    tokens = counted(int(drawn["tokens"]), "token")
     yield f"        the run draws {tokens} of it, {drawn['epochs']:.2f} epochs"
 
 

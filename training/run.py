@@ -193,7 +193,7 @@ def _run(
                     )
                 for name, of in drawn.items():
                     progress.say(
-                        f"source {name}: {counted(of['tokens'], 'token')} drawn, "
+                        f"source {name}: {counted(int(of['tokens']), 'token')} drawn, "
                         f"{of['epochs']:.2f} epochs"
                     )
                 progress.say(_farewell(out, kept_step, loop.position.step, best))
