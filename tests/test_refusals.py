@@ -623,6 +623,14 @@ def test_a_first_adapter_of_a_downstream_run_is_whole(place: Place) -> None:
     assert train.main(words) == CODE_DONE
 
 
+def test_of_two_adapters_none_is_taken_in_silence(place: Place, refuse: Refuse) -> None:
+    words = place.train("downstream", init_adapter=place.label_run)
+    first = place.label_run / "adapter" / "clinical"
+    said = "is a run of 2 adapters, clinical and downstream, which work together; give the first "
+    refuse(words, f"{said}alone: {first}\n")
+    assert train.main(place.train("downstream", init_adapter=first)) == CODE_DONE
+
+
 LONG = "x" * 300
 FLAGS: dict[str, tuple[dict[str, object], str]] = {
     "unknown target": ({"lora.target-modules": "q_prj"}, "the nearest names are q_proj"),

@@ -278,7 +278,7 @@ def _lora_targets(config: RunConfig) -> tuple[str, ...]:
 
 
 def init_adapter_folder(folder: Path) -> Path:
-    """The PEFT folder that --init-adapter means: itself, or the first adapter of a run."""
+    """The PEFT folder that --init-adapter means: itself, or the one adapter of a run."""
     if not folder.is_dir():
         command = "python train.py --stage clinical"
         hint = f"; make it with: {command}" if folder == Path("runs/clinical") else ""
@@ -292,11 +292,13 @@ def init_adapter_folder(folder: Path) -> Path:
             f"--init-adapter {folder} is a run without an adapter: it trained all weights; give "
             f"--model {folder / 'model'} instead"
         )
-    if len(names) > 1 and record["config"]["stage"] == "instruct":
+    if len(names) > 1:
+        is_instruct = record["config"]["stage"] == "instruct"
+        merged = ", or merge both into a base (python -m lora.merge) and train on it"
         raise ValueError(
             f"--init-adapter {folder} is a run of {len(names)} adapters, {' and '.join(names)}, "
-            "which answer together; merge them into a base (python -m lora.merge) and train on it, "
-            f"or give the first alone: {folder / 'adapter' / names[0]}"
+            f"which work together; give the first alone: {folder / 'adapter' / names[0]}"
+            + (merged if is_instruct else "")
         )
     adapter = folder / "adapter" / names[0]
     if not adapter.is_dir():

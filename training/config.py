@@ -265,8 +265,8 @@ class RunConfig:
     """What is added and trained: one of five methods; none (the head and the init adapter); full
     (all weights)."""
     init_adapter: str | None = None
-    """A finished run's folder, whose first adapter is meant, or a PEFT folder; it is loaded as the
-    adapter "clinical", that of an instruct run as "instruct"."""
+    """The folder of a finished run with one adapter, or a PEFT folder, such as adapter/clinical of
+    a run with two; loaded as the adapter "clinical", that of an instruct run as "instruct"."""
     freeze_init_adapter: bool = False
     """Leave the init adapter as it is."""
     lora: LoraSettings = field(default_factory=LoraSettings)
