@@ -32,7 +32,7 @@ with a checkpoint saved, to be continued with --resume.
 import sys
 from collections.abc import Sequence
 
-from evaluation.metrics import headline_metrics
+from evaluation.metrics import validation_score
 from model.ending import exit_code
 from training.command_line import read_command
 from training.dry_run import dry_run
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
             return
         run(
             command.config,
-            score=headline_metrics,
+            score=validation_score(command.config),
             resume=command.resume,
             overwrite=command.overwrite,
         )

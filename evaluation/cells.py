@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from data.questions import read_questions
-from evaluation.metrics import headline_metrics
+from evaluation.metrics import default_label_scores, validation_score
 from evaluation.questions import QuestionConfig, score_questions
-from evaluation.score import ScoreConfig, default_label_scores, score_run
+from evaluation.score import ScoreConfig, score_run
 from evaluation.strategies import versions_of
 from model.checkpoint import base_fingerprint
 from model.files import read_json, write_json
@@ -39,13 +39,18 @@ def finished_record(config: RunConfig) -> Mapping[str, Any]:
     """
     out = Path(config.out)
     if not (out / RUN_FILE).is_file():
-        run(config, score=headline_metrics)
+        run(config, score=validation_score(config))
         return read_record(out)
     record = read_record(out)
     _check_settings(record, config)
     if not record["finished"]:
         has_checkpoint = bool(saved_steps(out / "checkpoints"))
-        run(config, score=headline_metrics, resume=has_checkpoint, overwrite=not has_checkpoint)
+        run(
+            config,
+            score=validation_score(config),
+            resume=has_checkpoint,
+            overwrite=not has_checkpoint,
+        )
         record = read_record(out)
     return record
 

@@ -11,6 +11,7 @@ one class) is None, never nan and never 0.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -20,6 +21,7 @@ from scipy.special import logit
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from data.mimic import MULTILABEL_TASKS
 from data.wording import counted
 from evaluation.bootstrap import (
     SURE,
@@ -30,6 +32,8 @@ from evaluation.bootstrap import (
     intervals,
     number_clusters,
 )
+from training.config import RunConfig
+from training.validation import Score
 
 Kind = Literal["binary", "multiclass", "multilabel"]
 LabelScores = Literal["sigmoid", "softmax"]
@@ -132,11 +136,25 @@ def classification_metrics(
     return metrics
 
 
+def default_label_scores(config: RunConfig) -> LabelScores:
+    """How the labels of a run's notes are ranked unless --label-scores says so."""
+    is_paper = config.task in MULTILABEL_TASKS and config.cohort == "paper"
+    return "softmax" if is_paper else "sigmoid"
+
+
+def validation_score(config: RunConfig) -> Score:
+    """What a run shows while it trains: the headline metrics, ranked as its results will be."""
+    return partial(headline_metrics, label_scores=default_label_scores(config))
+
+
 def headline_metrics(
-    labels: NDArray[Any], logits: NDArray[Any], label_names: Sequence[str]
+    labels: NDArray[Any],
+    logits: NDArray[Any],
+    label_names: Sequence[str],
+    label_scores: LabelScores = "sigmoid",
 ) -> dict[str, float]:
-    """Return the headline metrics that are defined: what a run shows while it trains."""
-    metrics = classification_metrics(labels, logits, label_names)
+    """Return the headline metrics that are defined."""
+    metrics = classification_metrics(labels, logits, label_names, label_scores=label_scores)
     return {name: metrics[name] for name in HEADLINES if metrics[name] is not None}
 
 

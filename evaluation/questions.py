@@ -235,6 +235,10 @@ def ask_all(
             for question, answer in zip(questions, answers, strict=True)
         ]
 
+    other = None
+    if config.compare is not None:  # of other questions: refused before any is asked
+        other = _other_rows(Path(config.compare), place)
+        check_same_questions([(q.id, q.answer) for q in found.questions], other[1])
     header = {**answered_by._asdict(), **asked}
     rows = worked_through(folder / ANSWERS, header, len(found.questions), work)
     results = {
@@ -261,13 +265,12 @@ def ask_all(
         "confusion": confusion(rows),
         "comparison": None,
     }
-    if config.compare is not None:
-        other, others = _other_rows(Path(config.compare), place)
+    if other is not None:
         results["comparison"] = {
             "run": config.compare,
-            "strategy": other["strategy"],
-            "version": other["version"],
-        } | paired_accuracy(rows, others, config.bootstrap, config.seed)
+            "strategy": other[0]["strategy"],
+            "version": other[0]["version"],
+        } | paired_accuracy(rows, other[1], config.bootstrap, config.seed)
     write_json(folder / RESULTS, results)
     write_question_report(
         folder / "report.html", results, dataclasses.asdict(config), _beside(folder, results)
@@ -412,6 +415,14 @@ def _interval(values: NDArray[Any], mean: float, resamples: int, seed: int) -> l
     return found
 
 
+def check_same_questions(
+    asked: Sequence[tuple[str, int]], others: Sequence[Mapping[str, Any]]
+) -> None:
+    """Raises ValueError unless an earlier run answered the same questions (id, right answer)."""
+    if list(asked) != [(other["id"], other["answer"]) for other in others]:
+        raise ValueError("--compare: the earlier run answered other questions; score it on these")
+
+
 def paired_accuracy(
     rows: Sequence[Mapping[str, Any]],
     others: Sequence[Mapping[str, Any]],
@@ -422,8 +433,7 @@ def paired_accuracy(
 
     Raises ValueError unless both answered the same questions.
     """
-    if [(row["id"], row["answer"]) for row in rows] != [(o["id"], o["answer"]) for o in others]:
-        raise ValueError("--compare: the earlier run answered other questions; score it on these")
+    check_same_questions([(row["id"], row["answer"]) for row in rows], others)
     ours, theirs = (
         np.array([row["choice"] == row["answer"] for row in each]) for each in (rows, others)
     )

@@ -37,6 +37,7 @@ from evaluation.metrics import (
     LabelScores,
     auroc,
     classification_metrics,
+    default_label_scores,
     kind_of,
     probabilities,
 )
@@ -62,6 +63,7 @@ from training.notes import (
     open_source,
     source_pieces,
     split_and_fit,
+    targets_of,
     text_encoder,
 )
 from training.objective import Classification, LanguageModelling
@@ -278,12 +280,6 @@ def _untrained(finished: FinishedRun, device: torch.device) -> LanguageModelling
     return LanguageModelling(base, device)
 
 
-def default_label_scores(config: RunConfig) -> LabelScores:
-    """How the labels of a run's notes are ranked unless --label-scores says so."""
-    is_paper = config.task in MULTILABEL_TASKS and config.cohort == "paper"
-    return "softmax" if is_paper else "sigmoid"
-
-
 def _score_classifier(
     config: ScoreConfig, finished: FinishedRun, device: torch.device, micro_tokens: int
 ) -> dict[str, Any]:
@@ -298,6 +294,10 @@ def _score_classifier(
     groups = read_groups(opened.source, None if of_cohort is None else left_out)
     if of_cohort is not None:
         left_out |= of_cohort.groups_left_out
+    others = None
+    if config.compare is not None:  # another run that cannot be compared is refused before the work
+        labels = targets_of(notes, rows, finished.label_names).astype(np.int64)
+        others = _other_chances(config.compare, opened, labels, finished.label_names)
     objective = Classification(finished.model, device)
 
     def scored(notes: Notes, rows: NDArray[np.uint32], is_labelled: bool) -> _Scored:
@@ -378,8 +378,7 @@ def _score_classifier(
     results["subgroups_left_out"] = left_out
     results["exclusions"] = getattr(opened.source, "counts", None)
     results["comparison"] = None
-    if config.compare is not None:
-        others = _other_chances(config.compare, opened, test.labels, finished.label_names)
+    if others is not None:
         results["comparison"] = {"run": config.compare} | paired_metrics(
             test.labels,
             chances,

@@ -352,7 +352,7 @@ def make_dataset(
         bos_id=notes.tokenizer.bos_id,
         eos_id=notes.tokenizer.eos_id if notes.tokenizer.closes_notes else None,
         truncate=config.truncate,
-        targets=_targets(notes, rows, label_names or notes.label_names) if is_labelled else None,
+        targets=targets_of(notes, rows, label_names or notes.label_names) if is_labelled else None,
     )
 
 
@@ -379,7 +379,7 @@ def source_pieces(config: RunConfig, notes: Notes, rows: np.ndarray) -> dict[str
     return found
 
 
-def _targets(notes: Notes, rows: np.ndarray, label_names: tuple[str, ...]) -> np.ndarray:
+def targets_of(notes: Notes, rows: np.ndarray, label_names: tuple[str, ...]) -> np.ndarray:
     """What a classifier answers of each note: int64 [n], or float32 [n, C] of several labels."""
     assert isinstance(notes.cache, TokenCache)
     if notes.cache.multilabel:

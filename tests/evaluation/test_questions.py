@@ -310,6 +310,20 @@ def test_a_killed_command_ends_with_the_same_bytes(
     assert (compared["difference"], compared["p"], compared["strategy"]) == (0, 1.0, prompt)
 
 
+def test_answers_to_other_questions_are_refused_before_any_is_asked(
+    base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model", str(base), "--mcq", "medqa", "--device", "cpu", "--bootstrap", "0"]
+    words += ["--data", str(medqa(tmp_path / "few.jsonl", 3)), "--out"]
+    assert command.main([*words, str(tmp_path / "out")]) == 0
+    (answers,) = (tmp_path / "out").glob("eval/*/answers.jsonl")
+    medqa(tmp_path / "few.jsonl", 4)
+    other = tmp_path / "other"
+    assert command.main([*words, str(other), "--compare", str(answers.parent)]) == 2
+    assert "answered other questions; score it on these" in capfd.readouterr().err
+    assert not list(other.glob("eval/*/answers.jsonl"))
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -257,7 +257,11 @@ def test_a_column_of_identifiers_is_refused_before_scoring(
 
 
 def test_two_runs_are_compared_on_the_same_notes(
-    downstream_run: Path, base: Path, notes: Path, tmp_path: Path
+    downstream_run: Path,
+    base: Path,
+    notes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = replace(
         settings(downstream(), base, notes, tmp_path / "other"),
@@ -267,8 +271,6 @@ def test_two_runs_are_compared_on_the_same_notes(
         steps=2,
     )
     other = run(config)
-    with pytest.raises(ValueError, match="has not been scored on these notes"):
-        score(downstream_run, compare=str(other))
     theirs = score(other, bootstrap=0)
     results = score(downstream_run, compare=str(other), bootstrap=100)
     found = results["comparison"]["auroc"]
@@ -277,6 +279,17 @@ def test_two_runs_are_compared_on_the_same_notes(
     assert found["ci"][0] < found["difference"] < found["ci"][1]
     assert 0 < found["p"] <= 1
     assert any(line.startswith(f"auroc difference to {other}: ") for line in summary(results))
+
+    # What cannot be compared is refused before the run's own notes are scored.
+    monkeypatch.setattr("evaluation.score.classifier_logits", lambda *_, **__: pytest.fail())
+    with pytest.raises(ValueError, match="has not been scored on these notes"):
+        score(downstream_run, compare=str(other), split="train")
+    found = other / "eval" / "results.json"
+    whole = found.read_text()
+    found.write_text(whole.replace('"data_fingerprint": "', '"data_fingerprint": "0'))
+    with pytest.raises(ValueError, match="holds results of other notes; score it again"):
+        score(downstream_run, compare=str(other))
+    found.write_text(whole)
     table = other / "eval" / "predictions.csv"
     table.write_text(table.read_text().replace('"yes","no"', '"no","no"', 1))
     with pytest.raises(ValueError, match="cannot be paired"):

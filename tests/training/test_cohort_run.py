@@ -17,7 +17,7 @@ from sklearn import metrics as sklearn_metrics
 from data.mimic import open_mimic
 from data.splits import write_exclusions
 from data.synthetic import make_cohort
-from evaluation.metrics import headline_metrics
+from evaluation.metrics import headline_metrics, validation_score
 from evaluation.score import ScoreConfig, score_run, summary
 from model.files import read_json
 from training.config import RunConfig
@@ -127,7 +127,13 @@ def test_runs_of_the_papers_cohort_rank_labels_as_the_paper_did(
     cohort: Path, make_config: Callable[..., RunConfig]
 ) -> None:
     config = replace(diag_config(make_config("downstream"), cohort), cohort="paper", steps=1)
-    out = run(replace(config, eval_every=1))
+    out = run(replace(config, eval_every=1), score=validation_score(config))
+    # The validation that chooses the weights ranks as the results do.
+    kept = read_json(out / "run.json")["kept"]["best"]["metrics"]["auroc"]
+    on_same = ScoreConfig(run=str(out), split="validation", bootstrap=0, calibrate=False)
+    assert kept == pytest.approx(score_run(on_same)["auroc"], abs=1e-6)
+    as_sigmoids = score_run(replace(on_same, label_scores="sigmoid"))["auroc"]
+    assert abs(kept - as_sigmoids) > 1e-4
     results = score_run(ScoreConfig(run=str(out), bootstrap=0, calibrate=False))
     assert results["label_scores"] == "softmax"
     with (out / "eval" / "predictions.csv").open(newline="") as file:
