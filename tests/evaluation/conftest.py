@@ -1,17 +1,24 @@
-"""A tiny base, a table of notes, and two finished runs on them."""
+"""A tiny base, notes, two finished runs on them, studies, and a model that follows a script."""
 
 import csv
+import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
+import evaluation.cells
+from evaluation.answering import Asked, Prompt, Scored, Written
 from model.checkpoint import save_model
 from model.config import DecoderConfig
 from model.decoder import init_weights
+from model.generation import GenerationConfig
 from model.heads import CausalLM
 from tests.data.conftest import WORDS, train_sentencepiece
 from training.config import LoraSettings, OptimSettings, RunConfig
@@ -122,3 +129,85 @@ def downstream_run(base: Path, notes: Path, clinical_run: Path) -> Path:
         steps=30,
     )
     return run(config)
+
+
+# Studies ------------------------------------------------------------------------------------------
+
+CLOCK = ("hours_per_epoch", "seconds_per_epoch", "peak_memory")  # differ each time
+
+
+@pytest.fixture(scope="module")
+def whole(
+    request: pytest.FixtureRequest, words: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The finished study of a module's `main` and `words`."""
+    out = tmp_path_factory.mktemp("whole") / "study"
+    assert request.module.main([*words, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def nothing_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever would make a cell of a study again fails."""
+
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a cell was made again")
+
+    for name in ("run", "score_run", "score_questions"):
+        monkeypatch.setattr(evaluation.cells, name, never)
+
+
+def tables_of(out: Path) -> dict[str, Any]:
+    """A study's figures but for those of the clock."""
+
+    def without_clock(row: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in row.items() if name not in CLOCK}
+
+    tables: dict[str, Any] = json.loads((out / "study.json").read_text(), object_hook=without_clock)
+    return tables
+
+
+# A model ------------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """Writes what `say` makes of a prompt, the settings and the seed; keeps what it was asked.
+
+    score: of a continuation, in the place of its log-likelihood.
+    """
+
+    positions = 2048
+
+    def __init__(
+        self,
+        say: Callable[[str, GenerationConfig, int], str] | None = None,
+        *,
+        score: Callable[[str], float] | None = None,
+    ) -> None:
+        self.say, self.score = say, score
+        self.prompts: list[Prompt] = []
+        self.configs: list[GenerationConfig] = []
+        self.seeds: list[int] = []
+
+    def log_likelihoods(self, asked: Sequence[Asked]) -> list[Scored]:
+        assert self.score is not None
+        return [Scored(self.score(one.continuation), False) for one in asked]
+
+    def complete(
+        self,
+        prompts: Sequence[Prompt],
+        config: GenerationConfig,
+        seeds: Sequence[int],
+        end: str = "",
+    ) -> list[Written]:
+        assert self.say is not None
+        self.prompts += prompts
+        self.configs += [config] * len(prompts)
+        self.seeds += seeds
+        return [
+            Written(self.say(prompt.text, config, seed), 3, False)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+
+    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        return np.array([[len(text), 1.0] for text in texts], np.float32)

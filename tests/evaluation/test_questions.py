@@ -9,52 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from scipy.stats import binom
 from transformers import AutoModelForCausalLM
 
 import eval as command
 from data.questions import LETTERS, Question, read_questions
 from data.tokenizer import load_tokenizer
-from evaluation.answering import Asked, ModelAnswerer, Prompt, Scored, Written
+from evaluation.answering import Asked, ModelAnswerer, Prompt
 from evaluation.prompting import letter_prompt, parse_answer, parse_steps
 from evaluation.questions import QuestionConfig, accuracies, confusion, paired_accuracy
 from evaluation.strategies import STRATEGIES, Setting, StrategyName
 from model.checkpoint import load_causal_lm
-from model.generation import GenerationConfig
 from tests.data.conftest import CharacterTokenizer
+from tests.evaluation.conftest import Scripted
 from tests.model.oracle import hugging_face_twin, make_causal_lm, make_config
 
 CPU = torch.device("cpu")
-
-
-class Fixed:
-    """Prefers what `score` says of a continuation."""
-
-    def __init__(self, favourite: str) -> None:
-        self.favourite = favourite
-
-    positions = 2048
-
-    def log_likelihoods(self, asked: Sequence[Asked]) -> list[Scored]:
-        return [Scored(self._score(one.continuation), False) for one in asked]
-
-    def _score(self, text: str) -> float:
-        if len(self.favourite) == 1:
-            return float(text == f" {self.favourite}")
-        return float(zlib.crc32(text.encode()))  # blind to position
-
-    def complete(
-        self,
-        prompts: Sequence[Prompt],
-        config: GenerationConfig,
-        seeds: Sequence[int],
-        end: str = "",
-    ) -> list[Written]:
-        return [Written(f" {self.favourite}", 1, False) for _ in prompts]
-
-    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        raise AssertionError
 
 
 def made_questions(n: int, seed: int = 0) -> list[Question]:
@@ -118,7 +88,9 @@ def test_log_likelihoods_equal_a_plain_loop_on_real_weights(real_data: Path) -> 
 def test_constant_answers_score_what_counting_says(real_data: Path) -> None:
     questions = read_questions("medmcqa", real_data / "mcq" / "medmcqa_dev.jsonl").questions
     for letter, count in zip("ABCD", (1348, 1085, 925, 825), strict=True):
-        answers = STRATEGIES["letter"].ask(Fixed(letter), questions, Setting())
+        answers = STRATEGIES["letter"].ask(
+            Scripted(score=f" {letter}".__eq__), questions, Setting()
+        )
         found = accuracies(questions, [answer.choice for answer in answers], 0, 0)
         assert found["accuracy"] == count / 4183
         assert found["accuracy_of_constant"][letter] == count / 4183
@@ -128,13 +100,14 @@ def test_constant_answers_score_what_counting_says(real_data: Path) -> None:
 @pytest.mark.parametrize("strategy", ["choice", "choice-normalised"])
 def test_shuffled_options_leave_a_position_blind_scorer_as_it_was(strategy: StrategyName) -> None:
     rng = np.random.default_rng(1)
+    model = Scripted(score=lambda text: float(zlib.crc32(text.encode())))
     questions = made_questions(200)
     shuffled = [one.reordered(rng.permutation(len(one.options)).tolist()) for one in questions]
     right = [
         [
             answer.choice == question.answer
             for answer, question in zip(
-                STRATEGIES[strategy].ask(Fixed("text"), each, Setting()), each, strict=True
+                STRATEGIES[strategy].ask(model, each, Setting()), each, strict=True
             )
         ]
         for each in (questions, shuffled)

@@ -3,19 +3,18 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from transformers import AutoModel
 
 from data.questions import LETTERS, Question, read_questions
 from data.tokenizer import load_tokenizer
-from evaluation.answering import Asked, ModelAnswerer, Prompt, Scored, Written
+from evaluation.answering import Asked, ModelAnswerer, Prompt
 from evaluation.demonstrations import Demonstrations, gather_demonstrations, unit
 from evaluation.prompting import (
     SOLVED_SHOTS,
@@ -34,43 +33,11 @@ from model.batch import TokenBatch
 from model.checkpoint import load_causal_lm
 from model.generation import GenerationConfig
 from tests.data.test_questions import write_usmle
+from tests.evaluation.conftest import Scripted
 from tests.evaluation.test_questions import made_questions
 
 CPU = torch.device("cpu")
 OPTIONS = ("cough", "fever", "pain", "rash")
-
-
-class Scripted:
-    """Writes what `say` makes of a prompt, the settings and the seed; keeps what it was asked."""
-
-    positions = 2048
-
-    def __init__(self, say: Callable[[str, GenerationConfig, int], str]) -> None:
-        self.say = say
-        self.prompts: list[Prompt] = []
-        self.configs: list[GenerationConfig] = []
-        self.seeds: list[int] = []
-
-    def log_likelihoods(self, asked: Sequence[Asked]) -> list[Scored]:
-        raise AssertionError
-
-    def complete(
-        self,
-        prompts: Sequence[Prompt],
-        config: GenerationConfig,
-        seeds: Sequence[int],
-        end: str = "",
-    ) -> list[Written]:
-        self.prompts += prompts
-        self.configs += [config] * len(prompts)
-        self.seeds += seeds
-        return [
-            Written(self.say(prompt.text, config, seed), 3, False)
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
-
-    def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        return np.array([[len(text), 1.0] for text in texts], np.float32)
 
 
 def letter_of(prompt: str, option: str) -> str:

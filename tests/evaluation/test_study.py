@@ -8,11 +8,9 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import evaluation.cells
 from data.synthetic import make_cohort
 from evaluation.published import ADAPTATION, OUTCOMES, TASKS
 from evaluation.study import (
@@ -27,11 +25,11 @@ from evaluation.study import (
     outcome_rows,
 )
 from tests.conftest import ROOT
+from tests.evaluation.conftest import tables_of
 from training.run_folder import read_record
 
 CLINICAL = "max-length: 64\nbatch-tokens: 1024\nsteps: 3\ndevice: cpu\nworkers: 1\n"
 DOWNSTREAM = "max-length: 64\nbatch-size: 16\nsteps: 3\ndevice: cpu\nworkers: 1\n"
-CLOCK = ("hours_per_epoch",)
 
 
 @pytest.fixture(scope="module")
@@ -48,21 +46,6 @@ def words(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         *("--clinical-config", str(folder / "clinical.yaml"), "--bootstrap", "20"),
         *("--downstream-config", str(folder / "downstream.yaml")),
     ]
-
-
-def tables_of(out: Path) -> dict[str, Any]:
-    tables: dict[str, Any] = json.loads((out / "study.json").read_text())
-    for row in tables["adaptation"]:
-        for name in CLOCK:
-            del row[name]
-    return tables
-
-
-@pytest.fixture(scope="module")
-def whole(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("whole") / "study"
-    assert main([*words, "--out", str(out)]) == 0
-    return out
 
 
 def test_every_cell_is_a_run_that_trained_what_its_row_says(whole: Path) -> None:
@@ -95,14 +78,8 @@ def test_the_tables_are_readable(whole: Path) -> None:
         assert not line.startswith("|") or line.endswith("|")
 
 
-def test_a_finished_study_makes_nothing_again(
-    words: list[str], whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def never(*args: object, **kwargs: object) -> None:
-        raise AssertionError("a cell was made again")
-
-    monkeypatch.setattr(evaluation.cells, "run", never)
-    monkeypatch.setattr(evaluation.cells, "score_run", never)
+@pytest.mark.usefixtures("nothing_made")
+def test_a_finished_study_makes_nothing_again(words: list[str], whole: Path) -> None:
     before = tables_of(whole)
     assert main([*words, "--out", str(whole)]) == 0
     assert tables_of(whole) == before

@@ -6,11 +6,9 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import evaluation.cells
 from data.general_text import write_general_text
 from evaluation.study_m42 import (
     BASE,
@@ -23,6 +21,7 @@ from evaluation.study_m42 import (
     main,
 )
 from tests.conftest import ROOT
+from tests.evaluation.conftest import tables_of
 from tests.evaluation.test_study_medalpaca import BAD_ROWS, write_rows
 from training.run_folder import read_record
 
@@ -36,7 +35,6 @@ device: cpu
 workers: 1
 """
 BUDGETS = (1000, 2048)  # two and four steps
-CLOCK = ("seconds_per_epoch", "peak_memory")
 ROWS = [
     (BASE, 0), (INSTRUCTED, 0), (PRETRAINED, 1000), (INSTRUCTED, 1000), (PRETRAINED, 2048),
     (INSTRUCTED, 2048), (NOISY, 2048), (PROMPTED, 2048),
@@ -79,21 +77,6 @@ def words(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         *("--pretrain-config", str(folder / "pretrain.yaml"), "--bootstrap", "20"),
         *("--instruct-config", str(folder / "instruct.yaml")),
     ]
-
-
-@pytest.fixture(scope="module")
-def whole(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("whole") / "study"
-    assert main([*words, "--out", str(out)]) == 0
-    return out
-
-
-def tables_of(out: Path) -> dict[str, Any]:
-    tables: dict[str, Any] = json.loads((out / "study.json").read_text())
-    for row in tables["rows"]:
-        for name in CLOCK:
-            row.pop(name, None)
-    return tables
 
 
 def test_every_row_stands_on_what_it_names(whole: Path, base: Path) -> None:
@@ -146,14 +129,8 @@ def test_the_tables_are_readable(whole: Path) -> None:
         assert not line.startswith("|") or line.endswith("|")
 
 
-def test_a_finished_study_makes_nothing_again(
-    words: list[str], whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def never(*args: object, **kwargs: object) -> None:
-        raise AssertionError("a cell was made again")
-
-    monkeypatch.setattr(evaluation.cells, "run", never)
-    monkeypatch.setattr(evaluation.cells, "score_questions", never)
+@pytest.mark.usefixtures("nothing_made")
+def test_a_finished_study_makes_nothing_again(words: list[str], whole: Path) -> None:
     before = tables_of(whole)
     assert main([*words, "--out", str(whole)]) == 0
     assert tables_of(whole) == before

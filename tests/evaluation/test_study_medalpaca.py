@@ -6,16 +6,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import evaluation.cells
 from data.questions import USMLE_IMAGES
 from evaluation.published import FOOTPRINT, USMLE
 from evaluation.study_medalpaca import ROWS, STEPS, main
 from tests.conftest import ROOT
 from tests.data.conftest import WORDS
+from tests.evaluation.conftest import tables_of
 from training.run_folder import read_record
 
 CONFIG = """prompt-format: plain
@@ -27,7 +26,6 @@ device: cpu
 workers: 1
 """
 BAD_ROWS = '{"instruction": "a", "input": "", "output": "b"}\n{"instruction": \n'
-CLOCK = ("seconds_per_epoch", "peak_memory")
 
 
 def write_rows(path: Path) -> Path:
@@ -69,21 +67,6 @@ def words(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
 
 
-@pytest.fixture(scope="module")
-def whole(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("whole") / "study"
-    assert main([*words, "--out", str(out)]) == 0
-    return out
-
-
-def table_of(out: Path) -> dict[str, Any]:
-    table: dict[str, Any] = json.loads((out / "study.json").read_text())
-    for row in table["rows"]:
-        for name in CLOCK:
-            row.pop(name, None)
-    return table
-
-
 def test_every_row_trained_what_it_says_and_sat_every_step(whole: Path) -> None:
     table = json.loads((whole / "study.json").read_text())
     assert [row["row"] for row in table["rows"]] == list(ROWS)
@@ -119,23 +102,20 @@ def test_the_table_is_readable_and_has_what_was_published(whole: Path) -> None:
         assert not line.startswith("|") or line.endswith("|")
 
 
-def test_a_finished_study_makes_nothing_again_unless_it_is_asked_otherwise(
-    words: list[str], whole: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def never(*args: object, **kwargs: object) -> None:
-        raise AssertionError("a cell was made again")
+@pytest.mark.usefixtures("nothing_made")
+def test_a_finished_study_makes_nothing_again(words: list[str], whole: Path) -> None:
+    before = tables_of(whole)
+    assert main([*words, "--out", str(whole)]) == 0
+    assert tables_of(whole) == before
 
-    monkeypatch.setattr(evaluation.cells, "run", never)
-    before = table_of(whole)
-    with monkeypatch.context() as patch:
-        patch.setattr(evaluation.cells, "score_questions", never)
-        assert main([*words, "--out", str(whole)]) == 0
-        assert table_of(whole) == before
+
+def test_a_study_that_is_asked_otherwise_asks_again(words: list[str], whole: Path) -> None:
+    before = tables_of(whole)
     assert main([*words[:-1], "choice", "--out", str(whole), "--rows", "base"]) == 0
     kept = json.loads((whole / "answers" / "llama-7b" / "base.json").read_text())
-    assert table_of(whole)["prompt"] == kept["results"]["strategy"] == "choice"
+    assert tables_of(whole)["prompt"] == kept["results"]["strategy"] == "choice"
     assert main([*words, "--out", str(whole)]) == 0
-    assert table_of(whole) == before
+    assert tables_of(whole) == before
 
 
 def test_killed_and_called_again_it_ends_in_the_same_table(
@@ -147,7 +127,7 @@ def test_killed_and_called_again_it_ends_in_the_same_table(
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout.split()[:4] == [str(-signal.SIGKILL)] * 4, done.stderr[-2000:]
     assert done.stdout.split()[-1] == "0", done.stderr[-2000:]
-    assert table_of(out) == table_of(whole)
+    assert tables_of(out) == tables_of(whole)
 
 
 @pytest.mark.parametrize(
