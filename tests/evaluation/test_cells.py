@@ -15,18 +15,19 @@ from evaluation.strategies import STRATEGIES
 from training.stages import downstream
 
 
-def test_answers_of_other_versions_are_asked_again(
+def test_answers_of_other_versions_models_or_questions_are_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
+    stamps: dict[str, Any] = {"model": "m", "questions": ["q"]}
 
     def score(config: QuestionConfig) -> dict[str, Any]:
         asked.append(config.prompt)
         return {"n": len(asked)}
 
     monkeypatch.setattr(evaluation.cells, "score_questions", score)
-    monkeypatch.setattr(evaluation.cells, "_model_stamp", lambda _: "m")
-    monkeypatch.setattr(evaluation.cells, "_questions_stamp", lambda _: ["q"])
+    monkeypatch.setattr(evaluation.cells, "_model_stamp", lambda _: stamps["model"])
+    monkeypatch.setattr(evaluation.cells, "_questions_stamp", lambda _: stamps["questions"])
     first = QuestionConfig(mcq="medqa", data="d", model="m", out="o", prompt="answer")
     nearest = replace(first, prompt="nearest", shots=1, shots_data="s")
     for config in (first, nearest):
@@ -45,6 +46,11 @@ def test_answers_of_other_versions_are_asked_again(
     answers_of(first, tmp_path / "answer.json")
     answers_of(nearest, tmp_path / "nearest.json")
     assert asked[before:] == ["answer", "nearest"]  # each once: both were of version 99
+    for name, other in (("model", "n"), ("questions", ["r"])):
+        before, stamps[name] = len(asked), other
+        for _ in range(2):
+            answers_of(first, tmp_path / "answer.json")
+        assert asked[before:] == ["answer"]
 
 
 def test_results_of_other_resamples_or_label_scores_are_scored_again(

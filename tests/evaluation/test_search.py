@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,21 @@ def test_the_value_is_that_of_the_kept_validation(shared: list[str], tmp_path: P
             kept = read_record(tmp_path / "trials" / f"{trial.number:03d}")["kept"]
             assert trial.value == kept["best"]["metrics"]["auroc"]
     assert best_of(trials).value == max(trial.value for trial in trials)
+
+
+def test_of_a_language_model_the_smallest_loss_is_the_best(
+    shared: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([2.0, math.nan, 1.0, 3.0])
+
+    def record(_: RunConfig) -> dict[str, Any]:
+        return {"kept": {"best": {"metrics": {"loss": next(losses)}, "step": 1}}}
+
+    monkeypatch.setattr(search_module, "finished_record", record)
+    choices = {"--seed": tuple(range(100))}  # so many that none comes twice
+    trials = search(shared, choices, tmp_path, trials=4, seed=0)
+    assert [trial.value for trial in trials] == [-2.0, -math.inf, -1.0, -3.0]
+    assert best_of(trials) is trials[2]
 
 
 def test_the_command_refits_the_best_and_scores_the_test_notes_of_those_alone(
