@@ -8,6 +8,7 @@ Invariant: every text that goes in is escaped, and the same numbers make the sam
 """
 
 import math
+import textwrap
 from collections.abc import Sequence
 from html import escape
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from typing import NamedTuple
 WIDTH, HEIGHT = 380, 300
 LEFT, RIGHT, TOP, BOTTOM = 58, 24, 12, 46
 LEGEND_ROW = 20
+LEGEND_WIDTH = 32  # characters, of wide letters too
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8A6D00", "#444444")
 DASHES = ("", "7 4", "2 3", "9 3 2 3", "12 5", "4 2")
 UNIT_TICKS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -64,12 +66,15 @@ def chart(
     diagonal: what the line from corner to corner means; None for no such line.
     """
     legend = [line.label for line in lines] + ([diagonal] if diagonal else [])
-    height = HEIGHT + LEGEND_ROW * len(legend) + 6
+    wrapped = [textwrap.wrap(label, LEGEND_WIDTH) or [""] for label in legend]
+    height = HEIGHT + LEGEND_ROW * sum(map(len, wrapped)) + 6
+    # The axis's name stands left of its longest number, at most 8.5 a digit.
+    margin = max(LEFT, 26 + 8 * max(len(_number(tick)) for tick in y.ticks))
 
     def at(point: tuple[float, float]) -> str:
         across = (point[0] - x.low) / (x.high - x.low)
         up = (point[1] - y.low) / (y.high - y.low)
-        left = LEFT + across * (WIDTH - LEFT - RIGHT)
+        left = margin + across * (WIDTH - margin - RIGHT)
         return f"{left:.1f},{HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM):.1f}"
 
     def text(place: str, words: str, anchor: str = "middle", more: str = "") -> str:
@@ -98,7 +103,7 @@ def chart(
         parts.append(text(f"{float(left) - 7:.1f},{float(top) + 4:.1f}", _number(tick), "end"))
     frame = [at((x.low, y.high)), at((x.low, y.low)), at((x.high, y.low))]
     parts.append(_stroke(frame, "#555555", 1))
-    middle = LEFT + (WIDTH - LEFT - RIGHT) / 2
+    middle = margin + (WIDTH - margin - RIGHT) / 2
     parts.append(text(f"{middle},{HEIGHT - 10}", x.label))
     centre = TOP + (HEIGHT - TOP - BOTTOM) / 2
     parts.append(text(f"14,{centre}", y.label, more=f' transform="rotate(-90 14 {centre})"'))
@@ -114,10 +119,12 @@ def chart(
             for place in places:
                 left, top = place.split(",")
                 parts.append(f'<circle cx="{left}" cy="{top}" r="3.5" fill="{colour}"/>')
-    for i, (label, (colour, dashes)) in enumerate(zip(legend, styles, strict=True)):
-        down = HEIGHT + 8 + LEGEND_ROW * i
+    down = HEIGHT + 8
+    for label, (colour, dashes) in zip(wrapped, styles, strict=True):
         parts.append(_stroke([f"{LEFT},{down}", f"{LEFT + 34},{down}"], colour, 2, dashes))
-        parts.append(text(f"{LEFT + 42},{down + 4}", label, "start"))
+        for words in label:
+            parts.append(text(f"{LEFT + 42},{down + 4}", words, "start"))
+            down += LEGEND_ROW
     return "".join((*parts, "</svg>"))
 
 

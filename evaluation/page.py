@@ -6,6 +6,7 @@ both); it opens offline, prints, and is read on a phone.
 Invariant: plain text passes `escape` in here; what is HTML already says so.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -27,17 +28,24 @@ p { margin: .5rem 0 .8rem; max-width: 46rem; overflow-wrap: anywhere; }
   font-variant-numeric: tabular-nums; }
 .headlines small { color: #444; font-size: .85rem; }
 .warning { border-left: .3rem solid #b34700; background: #fff4ec; padding: .6rem .9rem; }
-.table { overflow-x: auto; margin: .8rem 0 1.2rem; }
+.table { overflow-x: auto; margin: .8rem 0 1.2rem; background:
+  linear-gradient(to left, #fff 2rem, transparent) right / 3rem 100% no-repeat local,
+  linear-gradient(to left, #aaa, transparent) right / 1rem 100% no-repeat scroll; }
 .table:focus-visible { outline: 2px solid #0072B2; }
 table { border-collapse: collapse; font-size: .93rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding-bottom: .35rem; }
 th, td { text-align: left; vertical-align: top; padding: .3rem 1rem .3rem 0;
   border-bottom: 1px solid #ddd; }
 thead th { border-bottom: 2px solid #777; vertical-align: bottom; }
-tbody th { font-weight: 500; }
+tbody th { font-weight: 500; overflow-wrap: anywhere; min-width: 5rem; }
+td { white-space: nowrap; }
+.number { text-align: right; }
 .wide { font-size: .88rem; }
-.wide th, .wide td { white-space: nowrap; }
-.settings td { overflow-wrap: anywhere; min-width: 12rem; }
+.wide thead th { white-space: nowrap; }
+.wide tbody th { position: sticky; left: 0; background: #fff; min-width: 7rem;
+  max-width: 24rem; }
+.settings th { white-space: nowrap; }
+.settings td { white-space: normal; overflow-wrap: anywhere; min-width: 12rem; }
 .charts { display: flex; flex-wrap: wrap; gap: 1.5rem; }
 figure { flex: 1 1 20rem; max-width: 30rem; margin: .6rem 0; }
 figcaption { font-weight: 600; margin-bottom: .3rem; }
@@ -46,14 +54,20 @@ figcaption { font-weight: 600; margin-bottom: .3rem; }
   body { padding: 1rem .9rem 3rem; }
   h1 { font-size: 1.4rem; }
   th, td { padding-right: .8rem; }
+  .wide tbody th { max-width: 9rem; }
 }
 @media print {
   body { max-width: none; padding: 0; font-size: 11pt; }
-  .table { overflow: visible; }
+  .table { overflow: visible; background: none; }
+  .wide { font-size: 7.5pt; }
+  .wide th, .wide td { padding-right: .6rem; }
+  .wide tbody th { position: static; min-width: 5rem; }
   figure, tr { break-inside: avoid; }
-  h2 { break-after: avoid; }
+  h2, h2 + p { break-after: avoid; }
 }
 """
+
+_NUMBER = re.compile(r"[-+]?[\d,.]+%?|< [\d.]+|under \d+|not shown|not defined|none|")
 
 
 def page(title: str, sections: Iterable[str]) -> str:
@@ -79,11 +93,25 @@ def section(heading: str, words: str, content: str) -> str:
 def table(
     caption: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, kind: str = "plain"
 ) -> str:
-    """A table of plain text whose first cells head their rows; it scrolls by itself when wide."""
-    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
+    """A table of plain text whose first cells head their rows; it scrolls by itself when wide.
+
+    Columns of single numbers stand on the right; row heads of a `wide` one stay while it scrolls.
+    """
+    rows = list(rows)
+    classes = [""] + [
+        ' class="number"'
+        if kind != "settings" and all(_NUMBER.fullmatch(row[i]) for row in rows)
+        else ""
+        for i in range(1, len(header))
+    ]
+    heads = "".join(
+        f'<th scope="col"{of}>{escape(name)}</th>' for name, of in zip(header, classes, strict=True)
+    )
     body = "\n".join(
         f'<tr><th scope="row">{escape(row[0])}</th>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
+        + "".join(
+            f"<td{of}>{escape(cell)}</td>" for cell, of in zip(row[1:], classes[1:], strict=True)
+        )
         + "</tr>"
         for row in rows
     )

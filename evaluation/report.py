@@ -189,7 +189,7 @@ def _summary(results: Mapping[str, Any], record: Mapping[str, Any]) -> str:
             shown.append((name, number(results[key]), between))
     if results.get("calibration"):
         ece = results["calibration"]["before"]["ece"]
-        shown.append(("Calibration error", number(ece), "mean distance, before scaling"))
+        shown.append(("Calibration error", number(ece), "mean distance, predicted from observed"))
     if "perplexity" in results:
         without = results["perplexity_base"]
         told = "no base beside it" if without is None else f"the base alone {without:,.3f}"
@@ -237,7 +237,8 @@ def _discrimination(results: Mapping[str, Any], curves: Curves) -> str:
         "AUROC is the chance that a note with the outcome is ranked above one without: 0.5 is a "
         "coin, 1 is never wrong. AUPRC is the precision at each threshold, averaged over the "
         "recall; a model that knows nothing reaches the share of notes with the outcome. Intervals "
-        f"come from {results['bootstrap']:,} resamples of whole {units}."
+        f"come from {results['bootstrap']:,} resamples of whole {units}. Accuracy is the share of "
+        "predictions that are right; F1 combines precision and recall, 1 is best."
     )
     if "labels_scored" in results:
         words += (
@@ -253,7 +254,7 @@ def _discrimination(results: Mapping[str, Any], curves: Curves) -> str:
             f"Sensitivity against 1 - specificity at every threshold, of {named}. "
             f"AUROC {number(results['auroc'])}.",
             [Line(curve.name, curve.roc) for curve in curves.curves],
-            Axis("1 - specificity", 0, 1, UNIT_TICKS),
+            Axis("1 - specificity (false alarms)", 0, 1, UNIT_TICKS),
             Axis("sensitivity", 0, 1, UNIT_TICKS),
             diagonal="chance",
         )
@@ -285,7 +286,7 @@ def _calibration(results: Mapping[str, Any]) -> str:
         )
     else:
         told = (
-            f"Dividing the model's logits by {temperature:.3f}, a temperature fitted on "
+            f"Dividing the model's raw scores (logits) by {temperature:.3f}, fitted on "
             f"{counted(found['validation_notes'], 'validation note')}, gives the second "
             "column; predictions.csv holds the probabilities as they are."
         )
@@ -317,7 +318,9 @@ def _calibration(results: Mapping[str, Any]) -> str:
     )
     return section(
         "Whether its probabilities hold",
-        "Of notes with a predicted risk of 20%, one in five should have the outcome. " + told,
+        "Of notes with a predicted risk of 20%, one in five should have the outcome. The "
+        "calibration error is the mean distance from that. Brier score and log loss also count how "
+        "well notes are told apart. " + told,
         table("Calibration", header, rows) + charts([("Reliability diagram", drawn)]),
     )
 
@@ -344,11 +347,16 @@ def _thresholds(results: Mapping[str, Any]) -> str:
         for row in results["thresholds"]
     ]
     words = (
-        "A note is flagged when its predicted probability is at least the threshold. PPV is the "
-        "share of flagged notes with the outcome, NPV the share of the others without. "
+        "A note is flagged when its predicted probability is at least the threshold. Sensitivity "
+        "is the share of notes with the outcome that are flagged, specificity the share of those "
+        "without that are not. PPV is the share of flagged notes with the outcome, NPV the share "
+        "of the others without. "
     )
     if len({row["rule"] for row in results["thresholds"]}) > 1:
-        words += "Thresholds that are not fixed were chosen on the validation notes. "
+        words += (
+            "Thresholds that are not fixed were chosen on the validation notes, so here they may "
+            "miss what they aim at. "
+        )
     words += "In brackets: 95% interval."
     return section(
         "What a threshold would do",
@@ -363,11 +371,11 @@ def _subgroups(results: Mapping[str, Any]) -> str:
         return ""
     has_positives = "positives" in results
     units = results["clusters_are"]
-    header = ["group", "value", "notes", units]
+    header = ["group", "notes", units]
     header += ["with the outcome"] if has_positives else []
     rows = []
     for row in results["subgroups"]:
-        cells = [row["group"], row["value"]]
+        cells = [f"{row['group']}: {row['value']}"]
         if row["suppressed"]:
             cells += ["not shown", f"under {FEWEST_PATIENTS}"] + ["not shown"] * (2 + has_positives)
         else:

@@ -80,7 +80,7 @@ def test_the_page_says_what_the_results_say() -> None:
     assert "zebrafinch" not in text
     tables = question_report_html(results, CONFIG).split("<table")
     (table,) = (each for each in tables if "chose A" in each)
-    counts = [int(cell.split("<")[0]) for cell in table.split("<td>")[1:]]
+    counts = [int(cell.split("<")[0]) for cell in table.split('<td class="number">')[1:]]
     assert counts == [n for row in results["confusion"].values() for n in row.values()]
     assert sum(counts) == 60
 

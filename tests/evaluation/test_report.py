@@ -1,5 +1,6 @@
 """The report's page: parsed as a browser would, and searched for what must not be in it."""
 
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from evaluation.calibration import calibration, fit_temperature
 from evaluation.figures import Axis, Line, chart
 from evaluation.metrics import classification_metrics, probabilities
+from evaluation.page import table as made_table
 from evaluation.paired import paired_metrics
 from evaluation.report import Curves, label_titles, read_history, report_html
 from evaluation.score import ScoreConfig, score_run
@@ -259,3 +261,30 @@ def test_an_axis_holds_its_values_under_round_numbers(values: list[float]) -> No
     assert 2 <= len(axis.ticks) <= 9
     drawn = chart("c", "t", "d", [Line("l", [(0, v) for v in values])], axis, axis)
     assert Page(drawn).tags("polyline")
+
+
+def test_columns_of_single_numbers_stand_on_the_right() -> None:
+    rows = [["a", "1,204", "0.5 (0.4 to 0.6)", "+0.010", "7"], ["b", "under 10", "1", "none", "x"]]
+    page = Page(made_table("t", ["name", "n", "value", "difference", "code"], rows))
+    for tag in ("th", "td"):
+        classes = [a.get("class", "") for name, a in page.elements if name == tag]
+        cells = [c for c in classes if c]
+        assert cells == ["number"] * (2 if tag == "th" else 4)
+    plain = Page(made_table("t", ["a", "b"], [["x", "1"]], kind="settings"))
+    assert plain.tags("td") == [{}]
+
+
+def test_nothing_in_a_chart_runs_over_its_edge_or_an_axis() -> None:
+    name = "Malignant neoplasm of ill-defined sites within the respiratory system " + "x" * 50
+    y = Axis.around("AUROC", [0.4941, 0.4943])
+    lines = [Line(name, [(0, 0.4941)]), Line("short", [(1, 0.4943)])]
+    drawn = chart("c", "t", "d", lines, Axis("step", 0, 1, (0, 1)), y)
+    words = [w for a, w in re.findall(r"<text ([^>]*)>([^<]*)</text>", drawn) if '"start"' in a]
+    assert "".join(words).replace(" ", "") == (name + "short").replace(" ", "")
+    assert max(map(len, words)) * 8.5 <= 380 - 100
+    downs = [float(a["y"]) for a in Page(drawn).tags("text") if a["text-anchor"] == "start"]
+    assert np.diff(downs).min() >= 18
+    assert max(downs) < float(Page(drawn).tags("svg")[0]["viewbox"].split()[3])
+    # A number of y ends at x and begins 8.5 a character before; the axis's name reaches to 18.
+    ends = [float(a["x"]) for a in Page(drawn).tags("text") if a["text-anchor"] == "end"]
+    assert ends and min(ends) - 8 * max(len(f"{tick:.6g}") for tick in y.ticks) >= 18
