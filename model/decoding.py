@@ -36,6 +36,9 @@ _LAID_OUT_BYTES = 1 << 31
 # ... and there are tokens enough to gain more than the copy costs.
 _LAID_OUT_TOKENS = 64
 
+# Weights that are packed at once, each with copies of its own beside it.
+_PACKERS = 4
+
 # How large weights lie that float16 does not hold: as the checkpoint has them [N, K]; as [K, N], of
 # which a product with one row is a sum of long rows; or in oneDNN's blocks, for several rows.
 _Layout = Literal["stored", "transposed", "blocked"]
@@ -266,7 +269,7 @@ def _pack(model: CausalLM) -> None:
         owned += [
             (group[0], [layer.weight for layer in group]) for group in _sharing_an_input(block)
         ]
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+    with ThreadPoolExecutor(min(_PACKERS, torch.get_num_threads())) as pool:
         for job in [pool.submit(_halves, owner, weights) for owner, weights in owned]:
             job.result()
 
