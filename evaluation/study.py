@@ -119,6 +119,7 @@ def outcome_rows(study: Study) -> Iterator[tuple[str, str]]:
 
 def run_study(study: Study) -> dict[str, Any]:
     """Make every cell that is not there yet and return the tables."""
+    _check_cells(study)
     tables: dict[str, Any] = {"notes": {}, "adaptation": [], "outcomes": []}
     if study.notes is not None:
         # LoRA first: the outcomes need it, whatever else table 2 is asked to compare.
@@ -137,6 +138,16 @@ def run_study(study: Study) -> dict[str, Any]:
             line["auroc_macro"] = _macro(cells, study.tasks)
             write_tables(study.out, tables, _markdown(study, tables))
     return tables
+
+
+def _check_cells(study: Study) -> None:
+    """Raises ValueError for settings of any cell, before the first one trains for hours."""
+    for base in study.models if study.notes is not None else ():
+        for method in {"lora", *study.methods}:
+            adaptation_config(study, base, method)
+    for base, row in outcome_rows(study):
+        for task in study.tasks:
+            outcome_configs(study, base, row, task)
 
 
 def _adapted(study: Study, base: str, method: str) -> dict[str, Any]:

@@ -138,6 +138,17 @@ def test_mistakes_are_one_line(
     assert len(lines) == 1 and said in lines[0]
 
 
+def test_a_wrong_setting_of_the_last_table_is_told_before_the_first(
+    words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(DOWNSTREAM + "lr: fast\n")
+    out = tmp_path / "study"
+    assert main([*words[:-1], str(wrong), "--out", str(out)]) == 2
+    assert "--lr must be a number, got 'fast'" in capfd.readouterr().err
+    assert not out.exists()
+
+
 def test_without_notes_the_rows_of_the_clinical_adapter_are_left_out(tmp_path: Path) -> None:
     study = Study(out=tmp_path, data="", notes=None, models={"a": ""}, encoders={"b": ""})
     expected = [("b", "full"), ("b", "lora"), ("a", "head"), ("a", "lora")]
