@@ -57,6 +57,25 @@ def samples(batches) -> list[int]:
     return sorted(sample for batch in batches for sample in batch.sample_ids.tolist())
 
 
+@pytest.mark.parametrize("segments", [20, 100])
+def test_how_often_a_segment_is_drawn_twice_in_a_step(segments: int) -> None:
+    """By the epochs' orders alone: (k / S)^2 / 6 of the draws where k of S are drawn a step."""
+    drawn, steps = segments // 4, 4000
+    epochs = [
+        Permutation(segments, 3, epoch)(np.arange(segments))
+        for epoch in range(drawn * steps // segments + 1)
+    ]
+    # One more a step now and then, so that steps end anywhere in an epoch.
+    ends = np.cumsum(drawn + np.arange(steps) % 2)
+    stream = np.concatenate(epochs)
+    steps_of = np.split(stream, ends[ends < len(stream)])[:-1]
+    counts = [np.bincount(each, minlength=segments) for each in steps_of]
+    assert max(int(each.max()) for each in counts) == 2
+    twice = sum(int((each == 2).sum()) for each in counts) / sum(map(len, steps_of))
+    share = np.mean([len(each) for each in steps_of]) / segments
+    assert twice == pytest.approx(share**2 / 6, rel=0.15)
+
+
 def by_hand(pieces: LanguagePieces, shares: list[Share], limit: int) -> Iterator[list[int]]:
     """Sample ids of each step, one segment at a time, from whoever has had least of its share."""
     firsts = np.cumsum([0, *(share.segments for share in shares)])
