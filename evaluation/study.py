@@ -150,12 +150,17 @@ def _check_cells(study: Study) -> None:
             outcome_configs(study, base, row, task)
 
 
+def train_perplexity(steps: Sequence[Mapping[str, Any]]) -> float:
+    """Of the last tenth of the steps (lines of `metrics.jsonl`) together, not of a single one."""
+    late = steps[-max(1, len(steps) // 10) :]
+    return math.exp(statistics.fmean(step["loss"] for step in late))
+
+
 def _adapted(study: Study, base: str, method: str) -> dict[str, Any]:
     config = adaptation_config(study, base, method)
     record = finished_record(config)
     results = scores_of(config, ScoreConfig(run=config.out, bootstrap=study.bootstrap))
     steps, seconds = steps_of(Path(config.out)), seconds_per_epoch(record, Path(config.out))
-    late = steps[-max(1, len(steps) // 10) :]
     parameters = record["parameters"]
     best = record["kept"]["best"]
     return {
@@ -163,8 +168,7 @@ def _adapted(study: Study, base: str, method: str) -> dict[str, Any]:
         "method": method,
         "trainable": parameters["trainable"],
         "share": parameters["trainable"] / parameters["all"],
-        # Of the last tenth of the steps, not of one micro-batch.
-        "train_perplexity": math.exp(statistics.fmean(step["loss"] for step in late)),
+        "train_perplexity": train_perplexity(steps),
         "validation_loss": None if best is None else best["metrics"]["loss"],
         "perplexity": results["perplexity"],
         "hours_per_epoch": None if seconds is None else seconds / 3600,

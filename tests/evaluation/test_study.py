@@ -1,6 +1,7 @@
 """The study: cells made once, gone on with after a kill, tables that say what the cells found."""
 
 import json
+import math
 import random
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from evaluation.study import (
     main,
     outcome_configs,
     outcome_rows,
+    train_perplexity,
 )
 from tests.conftest import ROOT
 from tests.evaluation.conftest import tables_of
@@ -69,6 +71,15 @@ def test_every_cell_is_a_run_that_trained_what_its_row_says(whole: Path) -> None
         assert cell["auroc"] == json.loads((results / "results.json").read_text())["auroc"]
     assert counts["frozen"] == counts["head"] < counts["trainable"] == counts["lora"]
     assert counts["trainable+downstream"] + counts["head"] == 2 * counts["lora"]
+
+
+@pytest.mark.parametrize(
+    ("count", "late"), [(1, [0]), (9, [8]), (20, [18, 19]), (39, [36, 37, 38])]
+)
+def test_a_perplexity_in_training_is_that_of_the_last_steps(count: int, late: list[int]) -> None:
+    steps = [{"step": i + 1, "loss": 3.0 - 0.1 * i**0.5} for i in range(count)]
+    mean = sum(steps[i]["loss"] for i in late) / len(late)
+    assert train_perplexity(steps) == pytest.approx(math.exp(mean), rel=1e-12)
 
 
 def test_the_tables_are_readable(whole: Path) -> None:
