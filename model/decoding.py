@@ -133,8 +133,8 @@ def _halves(owner: nn.Module, weights: Sequence[Tensor]) -> tuple[torch.ScriptOb
     halves = None
     weight = weights[0] if len(weights) == 1 else torch.cat(tuple(weights))
     largest = max(-float(weight.min()), float(weight.max()))
-    # As float32 holds powers of two up to 2**127.
-    for exponent in (0, min(max(0, 15 - math.frexp(largest)[1]), 127)):
+    # The scale is a normal float32 from 2**-126 on, and runs flush those that are not.
+    for exponent in (0, min(max(0, 15 - math.frexp(largest)[1]), 126)):
         scaled = weight * 2.0**exponent if exponent else weight
         if torch.equal(scaled.half().float(), scaled):
             halves = torch.ops.quantized.linear_prepack_fp16(scaled, None), 2.0**-exponent

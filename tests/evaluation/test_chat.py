@@ -169,7 +169,7 @@ def test_plain_text_loses_its_beginning_aloud_and_begins_anew_after_its_end() ->
     talk.ask("abcdef", 100)
     assert talk.take("ghi", has_ended=False) is None
     ids, told = talk.ask("jk", 5)
-    assert ids == [1, *map(ord, "hijk")] and told is not None and "first 7 tokens" in told
+    assert ids == [1, *map(ord, "hijk")] and told is not None and "the beginning, 7 tokens" in told
     assert talk.take("l", has_ended=True) is not None
     assert talk.ask("new", 100)[0] == [1, *map(ord, "new")]
 

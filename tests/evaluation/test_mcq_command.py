@@ -156,7 +156,7 @@ def test_an_instruct_run_on_another_is_stacked_by_name_and_answers(
     assert not torch.allclose(layer(x), x @ layer.weight.T, rtol=1e-5, atol=1e-6)
 
     again = replace(config, out=str(tmp_path / "third"), init_adapter=str(out))
-    with pytest.raises(ValueError, match="2 adapters, instruct and instruct-2, which answer"):
+    with pytest.raises(ValueError, match="2 adapters, instruct and instruct-2, which work"):
         run(again)
 
 

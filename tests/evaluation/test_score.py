@@ -326,7 +326,7 @@ def test_lists_of_patients_that_changed_are_refused(
 def test_a_label_that_was_not_trained_on_is_refused(downstream_run: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.csv"
     other.write_text("text,patient,label\nfever,1,yes\npain,2,maybe\n")
-    with pytest.raises(ValueError, match="1 of 2 notes have a label"):
+    with pytest.raises(ValueError, match="1 of 2 notes with a label"):
         score(downstream_run, data=str(other))
 
 

@@ -195,7 +195,7 @@ def test_float16_holds_a_weight_exactly_or_not_at_all(
         found = product(weight)
         assert found is not None
         assert torch.equal(found, expected[None])
-    # As far as float32 has powers of two.
+    # As far as float32 has normal powers of two: runs flush others.
     tiny = product([[2.0**-120, 0.0], [0.0, 2.0**-120], [0.0, 0.0]])
     assert tiny is not None
     assert torch.equal(tiny, (torch.tensor([2.0**-118, 2.0**-107, 0.0]) + added)[None])

@@ -190,7 +190,7 @@ def test_balanced_class_weights_are_those_of_the_paper() -> None:
     weights = balanced_class_weights(np.array([90, 10]))
     assert weights == pytest.approx([100 / 180, 100 / 20])
     assert (weights * [90, 10]).sum() == pytest.approx(100)
-    with pytest.raises(ValueError, match="1 of 2 classes have no note"):
+    with pytest.raises(ValueError, match="1 of 2 classes without a note"):
         balanced_class_weights(np.array([5, 0]))
 
 
