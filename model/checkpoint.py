@@ -351,7 +351,7 @@ def _places(folder: Path) -> dict[str, Place]:
         expected_of = {file_inside(folder, _SINGLE): None}
     else:
         raise ValueError(
-            f"{folder} has neither {_SINGLE} nor {_INDEX}; convert other formats to safetensors"
+            f"{folder} has neither {_SINGLE} nor {_INDEX}; convert others: python -m model.convert"
         )
     places: dict[str, Place] = {}
     for path, expected in expected_of.items():

@@ -316,7 +316,7 @@ def check_length(config: ModelConfig, max_length: int, in_front: int = 0) -> Non
         adapters = f" and the adapters put {in_front} in front of them" if in_front else ""
         raise ValueError(
             f"--max-length is {max_length}{adapters}, but the base was made for at most {limit} "
-            "positions (max_position_embeddings)"
+            f"positions (max_position_embeddings); give --max-length {limit - in_front} or less"
         )
 
 
