@@ -139,7 +139,7 @@ def test_usmle_leaves_out_images_and_empty_options(usmle: Path) -> None:
 BAD = [
     ("missing field", medqa(question=None), "there is no question"),
     ("missing field", medqa(options=None), "there is no options"),
-    ("missing field", medqa(options={"A": "one", "B": " "}, answer_idx="A"), "1 option; at least 2"),
+    ("missing field", medqa(options={"A": "one", "B": " "}, answer_idx="A"), "1 option;"),
     ("missing field", [1], "not a JSON object"),
     ("answer not among the options", medqa(answer_idx="F"), "5 options"),
     ("answer not among the options", medqa(answer_idx="AB"), ""),
