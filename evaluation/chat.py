@@ -95,7 +95,7 @@ class Conversation:
             return ids, None
         return (
             ids,
-            f"no longer fits and is forgotten: the beginning, {counted(dropped, 'question')}",
+            f"forgotten, for there is no more room: the first {counted(dropped, 'question')}",
         )
 
     def take(self, answer: str, *, has_ended: bool) -> str | None:
@@ -122,7 +122,7 @@ class PlainText:
         left_out = len(begin) + len(ids) - room
         if left_out <= 0:
             return begin + ids, None
-        told = f"no longer fits and is not seen: the beginning, {counted(left_out, 'token')}"
+        told = f"not seen, for there is no more room: the first {counted(left_out, 'token')}"
         return begin + ids[left_out:], told
 
     def take(self, answer: str, *, has_ended: bool) -> str | None:

@@ -235,10 +235,11 @@ def ask_all(
             for question, answer in zip(questions, answers, strict=True)
         ]
 
-    other = None
+    earlier: Row | None = None
+    its_rows: list[Row] = []
     if config.compare is not None:  # of other questions: refused before any is asked
-        other = _other_rows(Path(config.compare), place)
-        check_same_questions([(q.id, q.answer) for q in found.questions], other[1])
+        earlier, its_rows = _other_rows(Path(config.compare), place)
+        check_same_questions([(q.id, q.answer) for q in found.questions], its_rows)
     header = {**answered_by._asdict(), **asked}
     rows = worked_through(folder / ANSWERS, header, len(found.questions), work)
     results = {
@@ -265,12 +266,12 @@ def ask_all(
         "confusion": confusion(rows),
         "comparison": None,
     }
-    if other is not None:
+    if earlier is not None:
         results["comparison"] = {
             "run": config.compare,
-            "strategy": other[0]["strategy"],
-            "version": other[0]["version"],
-        } | paired_accuracy(rows, other[1], config.bootstrap, config.seed)
+            "strategy": earlier["strategy"],
+            "version": earlier["version"],
+        } | paired_accuracy(rows, its_rows, config.bootstrap, config.seed)
     write_json(folder / RESULTS, results)
     write_question_report(
         folder / "report.html", results, dataclasses.asdict(config), _beside(folder, results)

@@ -1,8 +1,8 @@
 """The model of a run from its config: base, adapters; and a finished run put together again.
 
 Training and evaluation build theirs here, so a run is scored with exactly the weights that it
-wrote. Invariant: before the adapters are attached every
-weight of the base is frozen, and what then trains is named, not inferred.
+wrote. Invariant: before the adapters are attached every weight of the base is frozen, and what then
+trains is named, not inferred.
 """
 
 import dataclasses

@@ -184,6 +184,7 @@ def describe(plan: Plan, ranks: Ranks) -> str:
     """The plan as YAML whose comments say what no setting says."""
     config, counts = plan.config, plan.notes.counts()
     trainable, total = count_parameters(plan.model)
+    left_out = counts["validation_notes_left_out"] + counts["test_notes_left_out"]
     quantiles = "  ".join(f"{name} {value:,}" for name, value in counts["note_length"].items())
     need, work, device = plan.memory, plan.work, ranks.device
     each = " on each rank" if ranks.count > 1 else ""
@@ -195,8 +196,7 @@ def describe(plan: Plan, ranks: Ranks) -> str:
         *(f"        {line}" for line in _trained_parts(plan.model)),
         f"notes:  {counts['train_notes']:,} train, {counts['validation_notes']:,} validate, "
         f"{counts['test_notes']:,} test ({plan.notes.splits.rule})",
-        f"        {counts['validation_notes_left_out'] + counts['test_notes_left_out']:,} left out "
-        "of what is held out: the text is also in training",
+        f"        {counted(left_out, 'held-out note')} left out, the text is in training too",
         f"length: of a note in tokens: {quantiles}",
         f"        --max-length {config.max_length}: {how_cut(config, plan.train_set)}",
         *(f"        left out: {count:,} with {why}" for why, count in counts["left_out"].items()),

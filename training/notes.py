@@ -289,7 +289,7 @@ def _joined(
     return Notes(
         tokenizer,
         joined,
-        join_splits(joined, list(zip(names, firsts, splits, strict=False))),
+        join_splits(joined, list(zip(names, firsts[:-1], splits, strict=True))),
         (),
         hashlib.sha256(json.dumps(list(prints.items())).encode()).hexdigest(),
         sources=sources,

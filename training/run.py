@@ -186,9 +186,10 @@ def _run(
                 }
                 write_sealed_json(out / RUN_FILE, {**record, **ending})
                 if loop.is_out_of_patience:
+                    assert config.patience is not None
                     progress.say(
                         f"stopped after step {loop.position.step} of {total_steps}: "
-                        f"{counted(config.patience or 0, 'validation')} in a row without a better "
+                        f"{counted(config.patience, 'validation')} in a row without a better "
                         "one (--patience)"
                     )
                 for name, of in drawn.items():
@@ -416,7 +417,9 @@ def _introduce(
         progress.say(f"notes: {counts['excluded_notes']:,} left out, listed by {config.exclude}")
     left_out = counts["validation_notes_left_out"] + counts["test_notes_left_out"]
     if left_out:
-        progress.say(f"notes: {left_out:,} left out of what is held out: in training, too, by text")
+        progress.say(
+            f"notes: {counted(left_out, 'held-out note')} left out, the text is in training too"
+        )
     quantiles = "  ".join(f"{name} {value:,}" for name, value in counts["note_length"].items())
     for why, count in counts["left_out"].items():
         progress.say(f"left out: {count:,} with {why}")

@@ -147,7 +147,7 @@ def test_the_oldest_turns_are_dropped_aloud_and_the_system_stays() -> None:
     ids, told = talk.ask("one", 100)
     assert told is None and talk.take("answer one", has_ended=True) is None
     ids, told = talk.ask("two", 50)
-    assert told is not None and told.endswith("the beginning, 1 question")
+    assert told is not None and told.endswith("the first 1 question")
     text = "".join(chr(id) for id in ids[1:])
     assert text == "[INST] system\n\ntwo [/INST]"
     talk.take("answer two", has_ended=True)
@@ -169,7 +169,7 @@ def test_plain_text_loses_its_beginning_aloud_and_begins_anew_after_its_end() ->
     talk.ask("abcdef", 100)
     assert talk.take("ghi", has_ended=False) is None
     ids, told = talk.ask("jk", 5)
-    assert ids == [1, *map(ord, "hijk")] and told is not None and "the beginning, 7 tokens" in told
+    assert ids == [1, *map(ord, "hijk")] and told is not None and "the first 7 tokens" in told
     assert talk.take("l", has_ended=True) is not None
     assert talk.ask("new", 100)[0] == [1, *map(ord, "new")]
 
